@@ -1,0 +1,59 @@
+"""Weights as safetensors with a JSON of what they are beside them, both written atomically."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from d2r_core import models
+from d2r_core.errors import UserError
+from d2r_core.files import atomic, sha256, write_text
+
+
+def metadata_path(path: Path) -> Path:
+    """The JSON file that describes the weights at `path`."""
+    return path.with_suffix(".json")
+
+
+def save(path: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write the model's state to `path` (safetensors) and `metadata` to the JSON beside it.
+
+    `metadata["architecture"]` must hold what `models.build` needs. The weights' SHA-256 is added as `weights_sha256`.
+    """
+    with atomic(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+    described = {**metadata, "weights_sha256": sha256(path)}
+    write_text(metadata_path(path), json.dumps(described, indent=2) + "\n")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON beside the weights at `path`. Raises UserError when it is missing or damaged."""
+    described = metadata_path(path)
+    try:
+        metadata = json.loads(described.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{described}: cannot be read ({error}). It belongs beside {path.name}.") from None
+    assert isinstance(metadata, dict)
+    return metadata
+
+
+def load(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model that `path`'s JSON describes and load its weights; returns it in eval mode, with the JSON.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights are not the ones that the JSON describes.
+    """
+    metadata = read_metadata(path)
+    model = models.build(**metadata["architecture"])
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as weights ({error}).") from None
+    if sha256(path) != metadata["weights_sha256"]:
+        raise UserError(f"{path}: is not the file that {metadata_path(path).name} describes (SHA-256 differs).")
+    model.load_state_dict(state)
+    return model.to(device).eval(), metadata

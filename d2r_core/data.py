@@ -1,0 +1,116 @@
+"""Prepared tensors, and batches of them on the device with a random crop and flip for each image."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2r_core.errors import UserError
+from d2r_core.files import atomic
+
+
+class Split(NamedTuple):
+    """Images uint8 (N, 3, H, W) and labels int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, index: Tensor) -> "Split":
+        """The images at `index`, int64 (M,), in that order."""
+        return Split(self.images[index], self.labels[index])
+
+    def __len__(self) -> int:  # images, not the tuple's two fields
+        return len(self.labels)
+
+
+def save_split(path: Path, split: Split) -> None:
+    """Write `split` to a safetensors file, atomically."""
+    with atomic(path) as temporary:
+        save_file({"images": split.images.contiguous(), "labels": split.labels.contiguous()}, temporary)
+
+
+def load_split(path: Path) -> Split:
+    """Read a prepared split.
+
+    Raises:
+        UserError: the file is missing, damaged, or does not hold images and labels of the right kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            split = Split(tensors.get_tensor("images"), tensors.get_tensor("labels"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as prepared data ({error}). `dvc repro prepare` makes it.") from None
+    images, labels = split
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"{path}: images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 3, H, W).")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise UserError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(images)},).")
+    return split
+
+
+def content_hash(splits: Mapping[str, Split]) -> str:
+    """SHA-256 over names, shapes, labels and pixels; two files with the same content have the same hash."""
+    digest = hashlib.sha256()
+    for name, split in sorted(splits.items()):
+        digest.update(f"{name} {tuple(split.images.shape)}".encode())
+        digest.update(split.labels.contiguous().numpy().tobytes())
+        digest.update(split.images.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1]."""
+    return images.float().div_(255.0)
+
+
+def balanced_order(labels: Tensor, seed: int) -> Tensor:
+    """A seeded order of all images, int64 (N,), in which every prefix is as class-balanced as can be."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rank = torch.empty_like(shuffled)
+    for label in labels.unique():
+        members = labels[shuffled] == label
+        rank[members] = torch.arange(int(members.sum()))
+    return shuffled[rank.argsort(stable=True)]
+
+
+def crop_and_flip(images: Tensor, *, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to `padding` pixels over a black border and mirror half of them.
+
+    Args:
+        images: (B, C, H, W), any type; `generator` lives on the same device.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    if padding:
+        shifts = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator, device=device)
+        rows = shifts[0] + torch.arange(height, device=device)
+        columns = shifts[1] + torch.arange(width, device=device)
+        padded = F.pad(images, (padding,) * 4)
+        index = torch.arange(batch, device=device)[:, None, None]
+        # Advanced indices around a slice put the channels last: (B, H, W, C).
+        images = padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if flip:
+        mirror = torch.rand(batch, 1, 1, 1, generator=generator, device=device) < 0.5
+        images = torch.where(mirror, images.flip(-1), images)
+    return images.contiguous()
+
+
+def batches(split: Split, batch_size: int, *, padding: int, flip: bool, generator: torch.Generator) -> Iterator[Split]:
+    """One epoch over `split` (on its device) in random order: float32 images in [0, 1] and labels.
+
+    The last batch may be smaller. `generator` lives on the split's device and decides order, crops and flips.
+    """
+    order = torch.randperm(len(split), generator=generator, device=split.labels.device)
+    for index in order.split(batch_size):
+        images, labels = split.take(index)
+        augmented = crop_and_flip(images, padding=padding, flip=flip, generator=generator)
+        yield Split(to_float(augmented), labels)

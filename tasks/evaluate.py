@@ -1,0 +1,181 @@
+"""Stage `evaluate`: both models under attack on the test images; writes the figures that gate and report read."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from d2r_core import checkpoint, evaluation, files, runtime
+from d2r_core.attacks import margin, under_attack
+from d2r_core.data import Split, balanced_order, load_split, to_float
+from d2r_core.evaluation import Attack, Outcome
+from tasks import lineage, stage
+from tasks.paths import Paths
+from tasks.settings import Evaluate, Settings
+
+_GALLERY = 32  # images
+
+
+class Measurement(NamedTuple):
+    """One model's figures, and what it said of every test image."""
+
+    figures: dict[str, dict[str, Any]]  # by attack: accuracy, counts, eps, steps; see robustness.json
+    examples: pd.DataFrame  # attack, index, label, prediction, margin, correct
+
+
+def measure(
+    model: nn.Module, split: Split, settings: Evaluate, *, classes: int, seed: int, description: str = ""
+) -> Measurement:
+    """Attack `model` (on its device, in any mode) on every image of `split`, in fp32.
+
+    AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0.
+    """
+    radius = {"eps": settings.eps, "step_size": settings.step_size, "steps": settings.steps}
+    planned: list[tuple[str, dict[str, Any], Attack]] = [
+        ("clean", {"name": "clean", "eps": 0.0, "step_size": 0.0, "steps": 0}, evaluation.clean()),
+        (
+            "fgsm",
+            {"name": "FGSM", "eps": settings.eps, "step_size": settings.eps, "steps": 1},
+            evaluation.fgsm(settings.eps),
+        ),
+        ("pgd", {"name": f"PGD-{settings.steps}", **radius}, evaluation.pgd(**radius)),
+        ("cw", {"name": f"CW-{settings.steps}", **radius}, evaluation.cw(**radius)),
+    ]
+    figures: dict[str, dict[str, Any]] = {}
+    frames: list[pd.DataFrame] = []
+
+    def record(key: str, what: Mapping[str, Any], outcome: Outcome, index: Tensor) -> Tensor:
+        labels = split.labels[index]
+        correct = outcome.correct(labels)
+        figures[key] = {**what, **_counts(correct, labels, classes)}
+        columns = {
+            "attack": key,
+            "index": index.numpy(),
+            "label": labels.numpy(),
+            "prediction": outcome.predictions.numpy(),
+            "margin": outcome.margins.numpy(),
+            "correct": correct.numpy(),
+        }
+        frames.append(pd.DataFrame(columns))
+        return correct
+
+    everything = torch.arange(len(split))
+    standing = torch.ones(len(split), dtype=torch.bool)
+    for key, what, attack in tqdm(planned, desc=description, disable=None, leave=False, file=sys.stderr):
+        outcome = evaluation.run(model, split, attack, batch_size=settings.batch_size, seed=seed)
+        standing &= record(key, what, outcome, everything)
+    worst = {"name": "worst of these", **radius}
+    figures["worst"] = {**worst, **_counts(standing, split.labels, classes)}
+    if settings.autoattack_images:
+        index = balanced_order(split.labels, seed)[: settings.autoattack_images]
+        outcome = _autoattack(model, split.take(index), settings, classes=classes, seed=seed)
+        # AutoAttack sets its steps itself.
+        record("autoattack", {"name": "AutoAttack", "eps": settings.eps, "step_size": None, "steps": None}, outcome, index)
+    return Measurement(figures, pd.concat(frames, ignore_index=True))
+
+
+def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
+    """Measure target and guidance model; write robustness.json, metrics.json, examples.parquet and the gallery."""
+    device = runtime.device(settings.runtime.device)
+    manifest = lineage.manifest(paths)
+    test = load_split(paths.prepared / "test.safetensors")
+    models = {"guidance": checkpoint.load(paths.guidance, device), "target": checkpoint.load(paths.target, device)}
+    torch.backends.cudnn.allow_tf32 = False  # reference figures are fp32
+    measured = {
+        name: measure(
+            model, test, settings.evaluate, classes=len(manifest["classes"]), seed=settings.seed, description=name
+        )
+        for name, (model, _) in models.items()
+    }
+    robustness = {
+        "data": {
+            "source": manifest["source"],
+            "hash": manifest["hash"],
+            "classes": manifest["classes"],
+            "test_images": len(test),
+        },
+        "seed": settings.seed,
+        "precision": "fp32",
+        "device": str(device),
+        "norm": "Linf",
+        "settings_hash": settings.hash("seed", "evaluate"),
+        "models": {
+            name: {
+                "architecture": metadata["architecture"],
+                "weights_sha256": metadata["weights_sha256"],
+                "attacks": measured[name].figures,
+            }
+            for name, (_, metadata) in models.items()
+        },
+    }
+    metrics = {
+        name: {key: figure["accuracy"] for key, figure in measurement.figures.items()}
+        for name, measurement in measured.items()
+    }
+    examples = pd.concat(
+        [measurement.examples.assign(model=name) for name, measurement in measured.items()], ignore_index=True
+    )
+    gallery = _gallery({name: model for name, (model, _) in models.items()}, test, settings)
+    with files.atomic(paths.examples) as temporary:
+        examples.to_parquet(temporary, index=False)
+    with files.atomic(paths.gallery) as temporary:
+        save_file(gallery, temporary)
+    files.write_text(paths.robustness, json.dumps(robustness, indent=2) + "\n")
+    files.write_text(paths.metrics, json.dumps(metrics, indent=2) + "\n")
+    for name, accuracies in metrics.items():
+        print(f"{name}: {', '.join(f'{key} {value:.2%}' for key, value in accuracies.items())}", flush=True)
+    return metrics
+
+
+def _counts(correct: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
+    return {
+        "accuracy": evaluation.accuracy(correct),
+        "correct": int(correct.sum()),
+        "images": len(correct),
+        "per_class": evaluation.accuracy_per_class(correct, labels, classes),
+    }
+
+
+def _autoattack(model: nn.Module, split: Split, settings: Evaluate, *, classes: int, seed: int) -> Outcome:
+    """AutoAttack standard (Croce & Hein 2020) by its authors' code."""
+    from pyautoattack import AutoAttack
+
+    device = next(model.parameters()).device
+    images, labels = to_float(split.images), split.labels
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    adversary = AutoAttack(model, norm="Linf", eps=settings.eps, seed=seed, device=device)
+    # Standard takes the 9 best other classes; where there are fewer, all of them.
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
+    with under_attack(model):
+        x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
+        with torch.no_grad():
+            logits = torch.cat([model(x.to(device)).float().cpu() for x in x_adv.split(settings.batch_size)])
+    return Outcome(logits.argmax(1), margin(logits, labels))
+
+
+def _gallery(models: Mapping[str, nn.Module], test: Split, settings: Settings) -> dict[str, Tensor]:
+    """A few class-balanced test images with their PGD twins for each model, and what each model says of both."""
+    evaluate = settings.evaluate
+    index = balanced_order(test.labels, settings.seed)[:_GALLERY]
+    chosen = test.take(index)
+    tensors = {"index": index, "labels": chosen.labels, "clean": chosen.images}
+    attack = evaluation.pgd(evaluate.eps, evaluate.step_size, evaluate.steps)
+    for name, model in models.items():
+        with under_attack(model), torch.no_grad():
+            pairs = evaluation.perturb(model, chosen, attack, batch_size=len(chosen), seed=settings.seed)
+            ((batch, x_adv),) = pairs
+            tensors[f"{name}_adversarial"] = x_adv.cpu()
+            tensors[f"{name}_clean_prediction"] = model(batch.images).argmax(1).cpu()
+            tensors[f"{name}_adversarial_prediction"] = model(x_adv).argmax(1).cpu()
+    return tensors
+
+
+if __name__ == "__main__":
+    stage.main(run)

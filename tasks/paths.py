@@ -1,0 +1,80 @@
+"""Where every artifact lies, relative to the project's root."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The artifacts of one checkout. Tests pass a temporary `root`."""
+
+    root: Path = Path()
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def prepared(self) -> Path:
+        """Folder of `train.safetensors`, `validation.safetensors`, `test.safetensors` and `manifest.json`."""
+        return self.root / "data/prepared"
+
+    @property
+    def manifest(self) -> Path:
+        return self.prepared / "manifest.json"
+
+    @property
+    def guidance(self) -> Path:
+        return self.root / "models/guidance.safetensors"
+
+    @property
+    def target(self) -> Path:
+        return self.root / "models/target.safetensors"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    @property
+    def validation(self) -> Path:
+        """Folder of the data validation's Data Docs, JSON and Markdown."""
+        return self.reports / "validation"
+
+    @property
+    def pretrain_history(self) -> Path:
+        return self.reports / "pretrain_history.csv"
+
+    @property
+    def train_history(self) -> Path:
+        return self.reports / "train_history.csv"
+
+    @property
+    def robustness(self) -> Path:
+        """All figures of the evaluation; the gate and the report read it."""
+        return self.reports / "robustness.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The few figures that `dvc metrics show` compares."""
+        return self.reports / "metrics.json"
+
+    @property
+    def examples(self) -> Path:
+        return self.reports / "examples.parquet"
+
+    @property
+    def gallery(self) -> Path:
+        """Clean and adversarial images that the report shows."""
+        return self.reports / "gallery.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.reports / "report.html"
+
+    @property
+    def model_card(self) -> Path:
+        return self.reports / "model_card.md"
+
+    @property
+    def dvc_lock(self) -> Path:
+        return self.root / "dvc.lock"

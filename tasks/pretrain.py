@@ -1,0 +1,30 @@
+"""Stage `pretrain`: the guidance model, by standard training; with 0 epochs it keeps its random weights."""
+
+from d2r_core import evaluation
+from d2r_core.objectives import Standard
+from d2r_core.training import Kept
+from tasks import fitting, stage
+from tasks.paths import Paths
+from tasks.settings import Settings
+
+
+def run(settings: Settings, paths: Paths) -> Kept:
+    """Train the guidance model and write `models/guidance.safetensors` with its JSON and history."""
+    section = settings.pretrain
+    return fitting.fit_and_save(
+        settings,
+        paths,
+        stage="pretrain",
+        architecture=section.architecture.model_dump(),
+        objective=Standard,
+        criteria={"accuracy": evaluation.clean()},
+        section=section,
+        epochs=section.epochs,
+        seed=settings.seed,
+        weights=paths.guidance,
+        history=paths.pretrain_history,
+    )
+
+
+if __name__ == "__main__":
+    stage.main(run)
