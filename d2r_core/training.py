@@ -64,9 +64,7 @@ def fit(
     """
     device = train.labels.device
     generator = runtime.generator(seed, device)
-    optimizer = torch.optim.SGD(
-        objective.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
-    )
+    optimizer = torch.optim.SGD(objective.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
 
     def validate() -> dict[str, float]:
         return {
@@ -100,8 +98,8 @@ def fit(
             if not torch.isfinite(terms["total"]):
                 raise UserError(
                     f"epoch {epoch}, step {step} of {steps}: the loss is not finite "
-                    f"({', '.join(f'{name} {float(term.detach()):.4g}' for name, term in terms.items())}). Training stopped "
-                    "before this step changed the weights. A lower learning_rate usually helps."
+                    f"({', '.join(f'{name} {float(term.detach()):.4g}' for name, term in terms.items())}). Training "
+                    "stopped before this step changed the weights. A lower learning_rate usually helps."
                 )
             optimizer.zero_grad(set_to_none=True)
             terms["total"].backward()

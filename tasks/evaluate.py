@@ -37,7 +37,7 @@ def measure(
 
     AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0.
     """
-    radius = {"eps": settings.eps, "step_size": settings.step_size, "steps": settings.steps}
+    radius: dict[str, Any] = {"eps": settings.eps, "step_size": settings.step_size, "steps": settings.steps}
     planned: list[tuple[str, dict[str, Any], Attack]] = [
         ("clean", {"name": "clean", "eps": 0.0, "step_size": 0.0, "steps": 0}, evaluation.clean()),
         (
@@ -77,7 +77,9 @@ def measure(
         index = balanced_order(split.labels, seed)[: settings.autoattack_images]
         outcome = _autoattack(model, split.take(index), settings, classes=classes, seed=seed)
         # AutoAttack sets its steps itself.
-        record("autoattack", {"name": "AutoAttack", "eps": settings.eps, "step_size": None, "steps": None}, outcome, index)
+        record(
+            "autoattack", {"name": "AutoAttack", "eps": settings.eps, "step_size": None, "steps": None}, outcome, index
+        )
     return Measurement(figures, pd.concat(frames, ignore_index=True))
 
 

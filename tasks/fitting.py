@@ -41,7 +41,9 @@ def fit_and_save(
     """
     manifest = lineage.manifest(paths)
     device = runtime.device(settings.runtime.device)
-    train, validation = (load_split(paths.prepared / f"{name}.safetensors").to(device) for name in ("train", "validation"))
+    train, validation = (
+        load_split(paths.prepared / f"{name}.safetensors").to(device) for name in ("train", "validation")
+    )
     described = {**architecture, "num_classes": len(manifest["classes"]), "image_size": manifest["image_size"]}
     torch.manual_seed(seed)
     model = models.build(**described).to(device)
@@ -51,7 +53,9 @@ def fit_and_save(
 
         def log(metrics: Mapping[str, float], epoch: int) -> None:
             rows.append({"epoch": epoch, **metrics})
-            print(f"{stage} epoch {epoch}/{epochs}: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}", flush=True)
+            print(
+                f"{stage} epoch {epoch}/{epochs}: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}", flush=True
+            )
             run.log(metrics, epoch)
 
         kept = training.fit(

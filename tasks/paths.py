@@ -41,6 +41,11 @@ class Paths:
         return self.reports / "validation"
 
     @property
+    def accepted(self) -> Path:
+        """Says which data passed the validation; training depends on it, not on the limits or on how it looks."""
+        return self.validation / "accepted.json"
+
+    @property
     def pretrain_history(self) -> Path:
         return self.reports / "pretrain_history.csv"
 

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from d2r_core.errors import UserError
@@ -222,8 +231,8 @@ def _message(name: str, detail: ErrorDetails) -> str:
             allowed = re.findall(r"'([^']*)'", context["expected"])
             return f"{where} is {found!r}; allowed: {', '.join(allowed)}.{_did_you_mean(found, allowed)}"
         case "union_tag_invalid":
-            allowed = list(_ARCHITECTURES)
-            return f"{where}.name is {context['tag']!r}; allowed: {', '.join(allowed)}.{_did_you_mean(context['tag'], allowed)}"
+            tag, allowed = context["tag"], list(_ARCHITECTURES)
+            return f"{where}.name is {tag!r}; allowed: {', '.join(allowed)}.{_did_you_mean(tag, allowed)}"
         case "union_tag_not_found":
             return f"{where}.name is missing; allowed: {', '.join(_ARCHITECTURES)}."
         case "model_type" | "model_attributes_type":
@@ -250,7 +259,8 @@ def _keys(parts: list[str]) -> list[str]:
         elif part != "architecture":
             fields = {field.alias or key: field for key, field in section.model_fields.items()}
             annotation = fields[part].annotation
-            assert isinstance(annotation, type) and issubclass(annotation, Section)
+            assert isinstance(annotation, type)
+            assert issubclass(annotation, Section)
             section = annotation
     return [field.alias or key for key, field in section.model_fields.items()]
 

@@ -14,7 +14,7 @@ from d2r_core.errors import UserError
 from d2r_core.objectives import D2R, Standard
 
 CPU = torch.device("cpu")
-ATTACK = {"eps": 0.1, "step_size": 0.025, "steps": 5}
+ATTACK: dict[str, Any] = {"eps": 0.1, "step_size": 0.025, "steps": 5}
 
 
 def toy(seed: int, count: int = 128) -> Split:
@@ -164,15 +164,12 @@ def test_crops_and_flips_are_exact_shifts_of_each_image() -> None:
     for seed in range(60):
         augmented = data.crop_and_flip(images, padding=2, flip=True, generator=runtime.generator(seed, CPU))
         for image in range(2):
+            crops = {(i, j): padded[image, :, i : i + 5, j : j + 5] for i in range(5) for j in range(5)}
             matches = [
-                (top, left, mirrored)
-                for top in range(5)
-                for left in range(5)
+                (*shift, mirrored)
+                for shift, crop in crops.items()
                 for mirrored in (False, True)
-                if torch.equal(
-                    augmented[image],
-                    (crop := padded[image, :, top : top + 5, left : left + 5]).flip(-1) if mirrored else crop,
-                )
+                if torch.equal(augmented[image], crop.flip(-1) if mirrored else crop)
             ]
             assert matches, "not a shift of the image"
             seen.update(matches)

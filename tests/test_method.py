@@ -75,9 +75,7 @@ def test_cag_makes_the_recorded_examples(case: Case) -> None:
 
 
 def test_one_training_step_has_the_recorded_loss_gradients_and_statistics(case: Case) -> None:
-    objective = D2R(
-        case.target, case.guidance, steps=case.steps, clean_weight=20.0, adv_weight=30.0, **case.attack
-    )
+    objective = D2R(case.target, case.guidance, steps=case.steps, clean_weight=20.0, adv_weight=30.0, **case.attack)
     x_adv = objective.perturb(case.x, case["noise"])
     terms = objective(case.x, x_adv, case.y)
     terms["total"].backward()

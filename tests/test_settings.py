@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from d2r_core.errors import UserError
 from tasks import settings as settings_file
