@@ -97,6 +97,7 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
         passed = all(ok for ok, _ in checks)
         verdict = Verdict(passed, tuple(sentence for ok, sentence in checks if ok == passed))
         client.set_model_version_tag(limits.model_name, str(version), "gate", "passed" if passed else "failed")
+        client.set_model_version_tag(limits.model_name, str(version), "gate_settings", settings.hash("promote"))
         client.set_model_version_tag(limits.model_name, str(version), "gate_reasons", "\n".join(verdict.reasons))
     return verdict
 
