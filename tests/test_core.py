@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from d2r_core import attacks, checkpoint, data, evaluation, models, runtime, schedules, training
 from d2r_core.data import Split
 from d2r_core.errors import UserError
-from d2r_core.objectives import D2R, Standard
+from d2r_core.objectives import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
 
 CPU = torch.device("cpu")
-ATTACK = {"eps": 0.1, "step_size": 0.025, "steps": 5}
+ATTACK: Attack = {"eps": 0.1, "step_size": 0.025, "steps": 5}
 
 
 def toy(seed: int, count: int = 128) -> Split:
@@ -31,13 +31,10 @@ def network(seed: int) -> nn.Module:
     return models.build("wide_resnet", num_classes=2, image_size=8, depth=10, widen_factor=1)
 
 
-def silent(iterable: Iterable[Split], *, desc: str, total: int) -> Iterable[Split]:
-    return iterable
-
-
-def fit(objective: Standard | D2R, **changes: Any) -> tuple[training.Kept, list[Mapping[str, float]]]:
+def fit(objective: Objective, **changes: Any) -> tuple[training.Kept, list[Mapping[str, float]]]:
     logged: list[Mapping[str, float]] = []
     arguments: dict[str, Any] = {
+        "device": CPU,
         "epochs": 3,
         "batch_size": 32,
         "learning_rate": 0.02,
@@ -49,13 +46,12 @@ def fit(objective: Standard | D2R, **changes: Any) -> tuple[training.Kept, list[
         "seed": 0,
         "criteria": {"clean_accuracy": evaluation.clean(), "robust_accuracy": evaluation.pgd(**ATTACK)},
         "log": lambda metrics, epoch: logged.append({"epoch": epoch, **metrics}),
-        "progress": silent,
     }
     return training.fit(objective, toy(0), toy(1, 64), **{**arguments, **changes}), logged
 
 
 def d2r(seed: int = 0) -> D2R:
-    return D2R(network(seed), network(seed + 100), clean_weight=20.0, adv_weight=30.0, **ATTACK)
+    return D2R(network(seed), network(seed + 100), attack=ATTACK, clean_weight=20.0, adv_weight=30.0)
 
 
 def test_d2r_learns_the_toy_robustly_and_keeps_the_best_epoch() -> None:
@@ -164,15 +160,12 @@ def test_crops_and_flips_are_exact_shifts_of_each_image() -> None:
     for seed in range(60):
         augmented = data.crop_and_flip(images, padding=2, flip=True, generator=runtime.generator(seed, CPU))
         for image in range(2):
+            crops = {(i, j): padded[image, :, i : i + 5, j : j + 5] for i in range(5) for j in range(5)}
             matches = [
-                (top, left, mirrored)
-                for top in range(5)
-                for left in range(5)
+                (*shift, mirrored)
+                for shift, crop in crops.items()
                 for mirrored in (False, True)
-                if torch.equal(
-                    augmented[image],
-                    (crop := padded[image, :, top : top + 5, left : left + 5]).flip(-1) if mirrored else crop,
-                )
+                if torch.equal(augmented[image], crop.flip(-1) if mirrored else crop)
             ]
             assert matches, "not a shift of the image"
             seen.update(matches)
@@ -182,12 +175,16 @@ def test_crops_and_flips_are_exact_shifts_of_each_image() -> None:
 def test_an_epoch_holds_every_image_once() -> None:
     split = Split(torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 4, 4), torch.arange(10))
     generator = runtime.generator(0, CPU)
-    epochs = [list(data.batches(split, 4, padding=0, flip=False, generator=generator)) for _ in range(2)]
-    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
-    orders = [torch.cat([batch.labels for batch in epoch]) for epoch in epochs]
-    assert all(torch.equal(order.sort().values, torch.arange(10)) for order in orders)
-    assert not torch.equal(orders[0], orders[1])
-    batch = epochs[0][0]
+    order = torch.randperm(10, generator=generator)
+    indices = data.shares(order, 4)
+    assert [len(index) for index in indices] == [4, 4, 2]
+    assert torch.equal(torch.cat(indices), order)
+    halves = [data.shares(order, 4, rank=rank, world=2) for rank in range(2)]
+    for whole, *parts in zip(indices, *halves, strict=True):
+        assert len(parts[0]) == len(parts[1])
+        assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+    batch = data.load_batch(split, indices[0], CPU, padding=0, flip=False, generator=generator)
+    assert torch.equal(batch.labels, indices[0])
     torch.testing.assert_close(batch.images[:, 0, 0, 0] * 255, batch.labels.float())
 
 
