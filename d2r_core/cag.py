@@ -21,8 +21,8 @@ def generate(
 ) -> Tensor:
     """Images near x on which the target's distribution is far from the guidance model's on x.
 
-    Each step ascends the divergence KL(p_guidance(x) || p_target(x')). The guidance's distribution does not depend on x',
-    so it is computed once.
+    Each step ascends the divergence KL(p_guidance(x) || p_target(x')). The guidance's distribution does not depend on
+    x', so it is computed once.
 
     Args:
         target, guidance: images -> logits (B, C); attacked in eval mode, their modes are restored.

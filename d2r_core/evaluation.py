@@ -46,7 +46,9 @@ def cw(eps: float, step_size: float, steps: int) -> Attack:
     )
 
 
-def perturb(model: nn.Module, split: Split, attack: Attack, *, batch_size: int, seed: int) -> Iterable[tuple[Split, Tensor]]:
+def perturb(
+    model: nn.Module, split: Split, attack: Attack, *, batch_size: int, seed: int
+) -> Iterable[tuple[Split, Tensor]]:
     """Batches of `split` (on the model's device) as float images and labels, each with its attacked images.
 
     The noise of an image depends on `seed` and its place in the split only, so the batch size changes nothing.

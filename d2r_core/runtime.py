@@ -40,8 +40,8 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def compile_models(*models: nn.Module, compile: Compile, device: torch.device) -> None:
-    """Compile the models' forward and backward passes in place; their state dicts keep their names.
+def compile_models(objective: nn.Module, *, compile: Compile, device: torch.device) -> None:
+    """Compile the passes of the objective's models in place; state dicts keep their names.
 
     "auto" compiles on a GPU that has a C compiler beside it and warns once where that is missing; on a CPU it stays
     eager, where compiling costs minutes. "on" insists.
@@ -56,7 +56,7 @@ def compile_models(*models: nn.Module, compile: Compile, device: torch.device) -
             raise UserError("runtime.compile is 'on', but there is no C compiler here. Install gcc, or set 'auto'.")
         warnings.warn("no C compiler found: training runs eagerly, and slower", RuntimeWarning, stacklevel=2)
         return
-    for model in models:
+    for model in objective.children():
         # Fixed shapes: the smaller last batch of an epoch runs eagerly (training.fit), so nothing is compiled twice.
         model.compile(dynamic=False)
 

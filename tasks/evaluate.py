@@ -37,7 +37,8 @@ def measure(
 
     AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0.
     """
-    radius = {"eps": settings.eps, "step_size": settings.step_size, "steps": settings.steps}
+    torch.backends.cudnn.allow_tf32 = False  # reference figures are fp32
+    radius: dict[str, Any] = {"eps": settings.eps, "step_size": settings.step_size, "steps": settings.steps}
     planned: list[tuple[str, dict[str, Any], Attack]] = [
         ("clean", {"name": "clean", "eps": 0.0, "step_size": 0.0, "steps": 0}, evaluation.clean()),
         (
@@ -77,7 +78,9 @@ def measure(
         index = balanced_order(split.labels, seed)[: settings.autoattack_images]
         outcome = _autoattack(model, split.take(index), settings, classes=classes, seed=seed)
         # AutoAttack sets its steps itself.
-        record("autoattack", {"name": "AutoAttack", "eps": settings.eps, "step_size": None, "steps": None}, outcome, index)
+        record(
+            "autoattack", {"name": "AutoAttack", "eps": settings.eps, "step_size": None, "steps": None}, outcome, index
+        )
     return Measurement(figures, pd.concat(frames, ignore_index=True))
 
 
@@ -87,7 +90,6 @@ def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
     manifest = lineage.manifest(paths)
     test = load_split(paths.prepared / "test.safetensors")
     models = {"guidance": checkpoint.load(paths.guidance, device), "target": checkpoint.load(paths.target, device)}
-    torch.backends.cudnn.allow_tf32 = False  # reference figures are fp32
     measured = {
         name: measure(
             model, test, settings.evaluate, classes=len(manifest["classes"]), seed=settings.seed, description=name

@@ -41,6 +41,11 @@ class Paths:
         return self.reports / "validation"
 
     @property
+    def accepted(self) -> Path:
+        """Says which data passed the validation; training depends on it, not on the limits or on how it looks."""
+        return self.validation / "accepted.json"
+
+    @property
     def pretrain_history(self) -> Path:
         return self.reports / "pretrain_history.csv"
 
@@ -74,6 +79,11 @@ class Paths:
     @property
     def model_card(self) -> Path:
         return self.reports / "model_card.md"
+
+    @property
+    def state(self) -> Path:
+        """Folder of the states of trainings under way, each in a folder named by what it depends on."""
+        return self.root / "state"
 
     @property
     def dvc_lock(self) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from d2r_core.errors import UserError
 REFERENCE = Path(__file__).parent / "reference"
 KEYS = json.loads((REFERENCE / "architecture_keys.json").read_text())
 SIZES = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny_imagenet": (200, 64)}
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "wide_resnet_34_10": {"name": "wide_resnet", "depth": 34, "widen_factor": 10},
     "wide_resnet_10_1": {"name": "wide_resnet", "depth": 10, "widen_factor": 1},
     "preact_resnet18": {"name": "preact_resnet18"},

@@ -1,0 +1,91 @@
+"""The flow `retrain`: every stage of `dvc.yaml` as one Prefect task, then register, gate and promote.
+
+DVC decides what is up to date, so Prefect's own caching is off. The project is the current folder.
+"""
+
+import os
+import sys
+
+# Read when Prefect is imported; a variable of the user's own wins. A fresh PREFECT_HOME needs more than 20 seconds.
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import json
+from datetime import datetime
+from typing import Any
+
+from prefect import Task, flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed, Failed
+
+from d2r_core.errors import UserError
+from flows import standing, summary
+from flows.promotion import Outcome, promotion
+from tasks import repro
+from tasks import settings as settings_file
+from tasks.paths import Paths
+from tasks.settings import Settings
+
+
+def _busy(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether to try again: a wrong parameter or a failed training would only fail again."""
+    return isinstance(state.data, repro.BusyError)
+
+
+# The delays outlast a `dvc status` or `dvc checkout` of somebody else; another training is not waited for.
+@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_busy)
+def reproduce(stage: str) -> State[Any]:
+    """Bring one stage up to date; its output goes line by line to the task's log."""
+    return Completed(message=repro.reproduce(stage, Paths(), get_run_logger().info))
+
+
+@flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
+def retrain() -> Outcome | State[Any]:
+    """Bring every stage up to date, and let the gate decide about the model.
+
+    A model that the gate refuses does not fail the flow: a week in which nothing better was found is a normal week,
+    and the champion stays. What a user can mend fails it, with one message.
+    """
+    paths = Paths()
+    try:
+        settings = settings_file.load(paths.params)
+        # Called, not submitted: in the main thread a cancellation or a timeout interrupts the wait for the stage.
+        for stage in repro.order(paths):
+            reproduce.with_options(name=stage, task_run_name=stage)(stage)
+        outcome = promotion(settings, paths)
+        create_markdown_artifact(_markdown(settings, paths, outcome), key="robustness", description="Figures and gate")
+    except UserError as error:
+        # As a state, it is logged without a traceback; the caller of the flow gets the exception.
+        return Failed(message=str(error), data=error)
+    return outcome
+
+
+def _markdown(settings: Settings, paths: Paths, outcome: Outcome) -> str:
+    robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
+    registered = standing.of(settings, paths)
+    assert registered is not None, "promotion has registered it"
+    return "\n".join(
+        [
+            f"# {settings.promote.model_name} version {outcome.version} is @{outcome.alias}",
+            "",
+            summary.markdown(robustness),
+            "",
+            f"**Gate {'passed' if outcome.verdict.passed else 'not passed'}**",
+            "",
+            *(f"- {reason}" for reason in outcome.verdict.reasons),
+            "",
+            f"MLflow: {summary.run_link(settings, registered.experiment_id, registered.run_id)}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    try:
+        retrain()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,79 @@
+"""The project's own files: the lock, the commands, and what no committed file may say."""
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# The lock's entries: from one line that starts with a name to the next.
+LOCK = re.split(r"^(?=\w)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.MULTILINE)
+# Brackets, so that the pattern does not find itself.
+REGISTRY = re.compile(r"\b(?:pyp[i]\.org|pythonhos[t]ed\.org|npmj[s]\.(?:org|com)|download\.pytorc[h]\.org)")
+MACHINE = re.compile(r"(?<![\w.])(?:/(?:home|root|Users|work)/\w|[A-Z]:\\\\?Users)")
+
+
+def committed() -> list[Path]:
+    """The files that git tracks, or would track if they were added."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return [path for name in listed.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_everything_in_the_lock_has_a_version_and_a_hash() -> None:
+    assert not LOCK[0]
+    for entry in LOCK[1:]:
+        assert re.match(r"[\w.-]+==[\w.]+", entry), entry
+        assert "--hash=sha256:" in entry, entry
+
+
+def test_the_lock_says_nothing_about_where_packages_come_from() -> None:
+    text = "".join(LOCK)
+    assert "://" not in text
+    assert not re.search(r"^\s*--(?!hash)", text, flags=re.MULTILINE)
+
+
+def test_the_lock_satisfies_every_direct_dependency() -> None:
+    # One package may stand there twice, for two ranges of Python.
+    locked = [Requirement(entry.partition("\\")[0]) for entry in LOCK[1:]]
+    project = PYPROJECT["project"]
+    lines = project["dependencies"] + project["optional-dependencies"]["dev"] + PYPROJECT["build-system"]["requires"]
+    for needed in map(Requirement, lines):
+        versions = [str(pin.specifier).removeprefix("==") for pin in locked if pin.name == needed.name]
+        assert versions, f"run make lock: {needed}"
+        assert all(needed.specifier.contains(version) for version in versions), f"run make lock: {needed}"
+
+
+@pytest.mark.parametrize("pattern", [REGISTRY, MACHINE], ids=["registry", "machine"])
+def test_no_committed_file_names_a_registry_or_a_machine(pattern: re.Pattern[str]) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in committed()
+        for match in pattern.finditer(path.read_text(encoding="utf-8", errors="ignore"))
+    ]
+    assert not found
+
+
+def test_make_lists_its_commands() -> None:
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^make (\w+)  +\S", listed, flags=re.MULTILINE) == [
+        *("help", "setup", "demo", "test", "check", "lock", "clean")
+    ]
+
+
+def test_one_version_of_uv() -> None:
+    makefile, dockerfile = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "Dockerfile"))
+    assert re.findall(r"UV_VERSION := (\S+)", makefile) == re.findall(r"UV_VERSION=(\S+)", dockerfile)
+
+
+def test_ci_can_be_run() -> None:
+    assert os.access(ROOT / ".ci/run", os.X_OK)

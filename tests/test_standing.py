@@ -1,0 +1,77 @@
+"""What the registry is asked about the model that lies here."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import standing
+from tasks import tracking
+from tasks.paths import Paths
+from tasks.settings import Settings
+
+IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash": "evaluation"}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    """A project whose target model is evaluated."""
+    paths = Paths(tmp_path)
+    evaluated(paths)
+    return paths
+
+
+def evaluated(paths: Paths, weights: str = "weights") -> None:
+    content: dict[str, Any] = {
+        "models": {"target": {"weights_sha256": weights}},
+        "data": {"hash": "data"},
+        "settings_hash": "evaluation",
+    }
+    paths.reports.mkdir(exist_ok=True)
+    paths.robustness.write_text(json.dumps(content))
+
+
+def test_asking_makes_no_database(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
+    settings = tiny_settings()
+
+    assert standing.aliases(settings, paths) == {}
+    assert standing.of(settings, paths) is None
+    assert [path.name for path in paths.root.iterdir()] == ["reports"]
+
+
+def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
+    settings = tiny_settings()
+    name = settings.promote.model_name
+    tracking.configure(settings, paths)
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(settings.tracking.experiment)
+    assert experiment
+    run = client.create_run(experiment.experiment_id)
+    client.create_registered_model(name)
+    verdict = {"gate": "failed", "gate_reasons": "Too weak.\nToo slow.", "gate_settings": settings.hash("promote")}
+    for tags in ({**IDENTITY}, {**IDENTITY, **verdict}, {**IDENTITY, "weights_sha256": "others"}):
+        client.create_model_version(name, run.info.artifact_uri, run.info.run_id, tags=tags)
+    client.set_registered_model_alias(name, "champion", "1")
+    client.set_registered_model_alias(name, "challenger", "2")
+
+    found = standing.of(settings, paths)
+
+    assert standing.aliases(settings, paths) == {"champion": 1, "challenger": 2}
+    assert found == standing.Standing(
+        version=2,
+        aliases=("challenger",),
+        gate="failed",
+        reasons=("Too weak.", "Too slow."),
+        settled=True,
+        experiment_id=experiment.experiment_id,
+        run_id=run.info.run_id,
+    )
+    stricter = standing.of(tiny_settings(promote={"min_clean_accuracy": 0.5}), paths)
+    assert stricter
+    assert not stricter.settled
+    evaluated(paths, weights="new")
+    assert standing.of(settings, paths) is None

@@ -1,0 +1,239 @@
+"""MLflow runs: where they go, what they hold, how they end, and what a server that is away costs."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.entities import Run, ViewType
+
+from d2r_core.errors import UserError
+from tasks import lineage, tracking
+from tasks import settings as settings_file
+from tasks.paths import Paths
+from tasks.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+MANIFEST: dict[str, Any] = {
+    "source": "digits",
+    "path": None,
+    "classes": ["even", "odd"],
+    "image_size": 16,
+    "channels": 3,
+    "splits": {name: {"images": 4, "per_class": [2, 2]} for name in ("train", "validation", "test")},
+    "hash": "ab" * 32,
+    "converted": {"grey": 4, "resized": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)  # MLflow makes an empty folder `mlruns` wherever it is
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    mlflow.end_run()
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    found = Paths(tmp_path)
+    found.manifest.parent.mkdir(parents=True)
+    found.manifest.write_text(json.dumps(MANIFEST))
+    return found
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised database in a project of its own."""
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(root)
+        tracking.configure(with_tracking("sqlite:///mlflow.db"), Paths(root))
+    return root / "mlflow.db"
+
+
+def with_tracking(uri: str, experiment: str = "tests") -> Settings:
+    settings = settings_file.load(ROOT / "params.yaml")
+    return settings.model_copy(update={"tracking": settings_file.Tracking(uri=uri, experiment=experiment)})
+
+
+def runs(experiment: str = "tests") -> list[Run]:
+    found = mlflow.MlflowClient().get_experiment_by_name(experiment)
+    assert found is not None
+    return mlflow.MlflowClient().search_runs([found.experiment_id], run_view_type=ViewType.ALL)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_relative_database_lies_in_the_project(paths: Paths, database: Path) -> None:
+    assert database.stat().st_size > 0
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    tracking.configure(with_tracking(f"sqlite:///{database}"), paths)
+    experiment = mlflow.MlflowClient().get_experiment_by_name("tests")
+    assert experiment is not None
+    assert experiment.artifact_location == (database.parent / "mlruns").as_uri()
+
+
+def test_several_processes_initialise_one_database(paths: Paths) -> None:
+    program = (
+        "from pathlib import Path\n"
+        "from tasks import settings, tracking\n"
+        "from tasks.paths import Paths\n"
+        f"tracking.configure(settings.load(Path({str(ROOT / 'params.yaml')!r})), Paths())\n"
+        "import mlflow\n"
+        "mlflow.MlflowClient().search_registered_models()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "sqlite:///store/mlflow.db"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=paths.root, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, errors
+    tracking.configure(with_tracking("sqlite:///store/mlflow.db"), paths)
+    assert len(mlflow.MlflowClient().search_experiments()) == 3  # MLflow's default, params.yaml's and this test's
+
+
+def test_variable_wins_over_settings(paths: Paths, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    tracking.configure(with_tracking("sqlite:///never.db"), paths)
+    assert mlflow.get_tracking_uri() == f"sqlite:///{database}"
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{database}"
+    assert not (paths.root / "never.db").exists()
+
+
+def test_second_project_does_not_inherit_the_first_ones_database(paths: Paths, database: Path) -> None:
+    shutil.copy(database, paths.root / "other.db")
+    tracking.configure(with_tracking(f"sqlite:///{database}"), paths)
+    tracking.configure(with_tracking("sqlite:///other.db"), paths)
+    assert mlflow.get_tracking_uri() == f"sqlite:///{paths.root / 'other.db'}"
+
+
+def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> None:
+    settings = with_tracking(f"sqlite:///{database}", "holds")
+    with tracking.training_run(settings, paths, "train") as training:
+        training.log({"loss": 2.5, "clean_accuracy": 0.25}, 1)
+        training.log({"loss": 1.5, "clean_accuracy": 0.5}, 2)
+
+    (run,) = runs("holds")
+    assert run.info.run_id == training.id
+    assert run.info.run_name == "train digits"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {key: str(value) for key, value in settings.flat().items()}
+    made_from = lineage.of(settings, paths)
+    expected = {
+        "stage": "train",
+        "git_commit": made_from.git_commit,
+        "git_dirty": str(made_from.git_dirty).lower(),
+        "data_hash": MANIFEST["hash"],
+        "settings_hash": made_from.settings_hash,
+    }
+    assert run.data.tags.items() >= expected.items()
+    assert run.data.tags["d2r_version"]
+    history = mlflow.MlflowClient().get_metric_history(training.id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 2.5), (2, 1.5)]
+
+    assert run.inputs is not None
+    (logged,) = run.inputs.dataset_inputs
+    assert [(tag.key, tag.value) for tag in logged.tags] == [("mlflow.data.context", "training")]
+    assert logged.dataset.name == "digits"
+    assert logged.dataset.digest == MANIFEST["hash"][:36]
+    assert json.loads(logged.dataset.profile or "")["splits"] == MANIFEST["splits"]
+    assert mlflow.data.get_source(logged.dataset).to_dict() == {"uri": str(paths.prepared)}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("the loss is NaN"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(3), "FAILED")],
+)
+def test_run_ends_as_the_training_did(paths: Paths, database: Path, error: BaseException, status: str) -> None:
+    settings = with_tracking(f"sqlite:///{database}", status + type(error).__name__)
+    with pytest.raises(type(error)) as caught, tracking.training_run(settings, paths, "pretrain"):
+        raise error
+    assert caught.value is error
+    (run,) = runs(settings.tracking.experiment)
+    assert run.info.status == status
+    assert mlflow.active_run() is None
+
+
+def test_training_outlives_a_database_that_fails(
+    paths: Paths, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(database, paths.root / "gone.db")
+    settings = with_tracking("sqlite:///gone.db")
+    with (
+        caplog.at_level(logging.WARNING, "tasks.tracking"),
+        tracking.training_run(settings, paths, "train") as training,
+    ):
+        (paths.root / "gone.db").write_bytes(b"")  # every table is gone
+        training.log({"loss": 1.0}, 7)
+    messages = [record.getMessage() for record in caplog.records if record.name == "tasks.tracking"]
+    assert messages[0].startswith("MLflow did not take the metrics of step 7: ")
+    assert messages[1].startswith("MLflow could not end the run as FINISHED: ")
+
+
+def test_absent_server_is_one_message_within_seconds(paths: Paths) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with (
+        pytest.raises(tracking.UnavailableError, match=rf"^MLflow at {uri} does not answer \(.*refused\)\. Start it"),
+        tracking.training_run(with_tracking(uri), paths, "train"),
+    ):
+        pytest.fail("the training must not begin")
+    assert time.monotonic() - started < 30
+
+
+def test_server_that_accepts_and_says_nothing(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(tracking.UnavailableError, match="does not answer"):
+            tracking.configure(with_tracking(uri), paths)
+
+
+def test_file_that_is_no_database(paths: Paths) -> None:
+    (paths.root / "mlflow.db").write_text("not a database " * 100)
+    with pytest.raises(UserError, match=r"mlflow\.db: cannot be used as MLflow's database .* Move it away"):
+        tracking.configure(with_tracking("sqlite:///mlflow.db"), paths)
+
+
+def test_folder_that_cannot_be_made(paths: Paths) -> None:
+    (paths.root / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be used as MLflow's database"):
+        tracking.configure(with_tracking("sqlite:///file/mlflow.db"), paths)
+
+
+def test_address_of_an_unknown_kind(paths: Paths) -> None:
+    with pytest.raises(UserError, match="MLflow at nonsense://here refuses"):
+        tracking.configure(with_tracking("nonsense://here"), paths)
+
+
+def test_deleted_experiment_says_how_to_restore_it(paths: Paths, database: Path) -> None:
+    settings = with_tracking(f"sqlite:///{database}", "deleted")
+    tracking.configure(settings, paths)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("deleted")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(UserError, match=r"'deleted' is deleted.*mlflow experiments restore"):
+        tracking.configure(settings, paths)
