@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-
 _TINY = 1e-20  # keeps a vanished gradient from becoming NaN
 
 

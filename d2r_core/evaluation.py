@@ -86,7 +86,9 @@ def sharded_accuracy(model: nn.Module, share: Split, attack: Attack, *, batch_si
     """The accuracy over all ranks' shares of a split, 0 to 1; the same on every rank."""
     outcome = run(model, share, attack, batch_size=batch_size, seed=seed)
     correct = outcome.correct(share.labels.cpu())
-    counts = torch.tensor([int(correct.sum()), len(correct)], dtype=torch.float64, device=next(model.parameters()).device)
+    counts = torch.tensor(
+        [int(correct.sum()), len(correct)], dtype=torch.float64, device=next(model.parameters()).device
+    )
     right, images = distributed.summed(counts).tolist()
     return right / images
 

@@ -63,7 +63,7 @@ def compile_models(objective: nn.Module, *, compile: Compile, device: torch.devi
 
 @contextmanager
 def eager(when: bool) -> Iterator[None]:
-    """Run compiled models eagerly inside the block, if `when`: for a batch of a size that is not worth compiling for."""
+    """Run compiled models eagerly inside the block, if `when`: for batches of a size not worth compiling for."""
     if not when:
         yield
         return

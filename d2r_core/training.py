@@ -92,11 +92,9 @@ def fit(
     rank, world = distributed.rank(), distributed.world()
     cpu = torch.device("cpu")
     stream = runtime.generator(seed, device)
-    objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    objective.to(memory_format=torch.channels_last)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
+    optimizer = torch.optim.SGD(trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
     averaged = averaging.averaged(objective.model, average, average_decay)
     parallel = distributed.wrapped(objective)
     decisive = list(criteria)[-1]
@@ -176,9 +174,8 @@ def fit(
             begun, first = time.monotonic(), step
             for index in indices[first:]:
                 step += 1
-                rate = learning_rate * factor(schedule, epoch, epochs, (step - 1) / steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = learning_rate * factor(schedule, epoch, epochs, (step - 1) / steps)
                 stream.manual_seed(_number(seed, epoch, step, rank))
                 x, y = load_batch(train, index, device, padding=crop_padding, flip=flip, generator=stream)
                 # An epoch's smaller last batch is not worth compiling for.
@@ -203,9 +200,14 @@ def fit(
                 if reason:
                     saved = f"the state after epoch {epoch}, step {step} of {steps} is saved: run it again to continue"
                     raise Interrupted(f"{reason}; {saved if state_folder is not None else 'no state was kept'}.")
-            means = _means({name: distributed.summed(total) for name, total in sums.items()}, sum(map(len, indices)) * world)
+            means = _means(
+                {name: distributed.summed(total) for name, total in sums.items()}, sum(map(len, indices)) * world
+            )
             seconds = time.monotonic() - begun
-            rates = {"learning_rate": rate, "images_per_second": (steps - first) * batch_size / seconds}
+            rates = {
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "images_per_second": (steps - first) * batch_size / seconds,
+            }
             if averaged is not None and average == "swa" and epoch >= average_from_epoch:
                 averaged.update_parameters(objective.model)
             model = candidate()

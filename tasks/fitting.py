@@ -101,6 +101,8 @@ def fit_and_save(
     rows = progress.epochs()
     columns = ["epoch", "loss", "learning_rate", *criteria, "images_per_second"]
     files.write_text(history, pd.DataFrame(rows, columns=list(rows[0]) if rows else columns).to_csv(index=False))
+    points = progress.path.read_text(encoding="utf-8") if progress.path.exists() else ""
+    files.write_text(history.with_suffix(".jsonl"), points)
     checkpoint.save(weights, model, metadata)
     shutil.rmtree(state_folder, ignore_errors=True)
     accuracies = ", ".join(f"{name} {value:.2%}" for name, value in kept.metrics.items())

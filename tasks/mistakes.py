@@ -73,7 +73,11 @@ def _keys(section: type[BaseModel]) -> list[str]:
 def _options(annotation: Any) -> dict[str, type[BaseModel]]:
     """For a union of sections: the section that each `name` stands for."""
     sections = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
-    return {get_args(section.model_fields["name"].annotation)[0]: section for section in sections if "name" in section.model_fields}
+    return {
+        get_args(section.model_fields["name"].annotation)[0]: section
+        for section in sections
+        if "name" in section.model_fields
+    }
 
 
 def _did_you_mean(found: object, allowed: list[str]) -> str:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +22,9 @@ class Progress:
         self.stage, self.epochs_total, self.path = stage, epochs, path
         self.bar = tqdm(disable=None if show else True, leave=False, file=sys.stderr, unit="step")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # a kill tore the last line
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write("\n")
 
     def log(self, metrics: Mapping[str, float], epoch: int) -> None:
         """An epoch's end."""
@@ -41,7 +45,10 @@ class Progress:
         """The rows of all epochs so far, in order, also of those before an interruption."""
         if not self.path.exists():
             return []
-        rows = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # torn by a kill
+                rows.append(json.loads(line))
         ends = {row["epoch"]: row for row in rows if "step" not in row}
         return [{key: value for key, value in ends[epoch].items() if key != "time"} for epoch in sorted(ends)]
 

@@ -1,6 +1,7 @@
 """What several test files share: small settings, and one finished run of the whole chain."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ import yaml
 
 from tasks import settings as settings_file
 from tasks.settings import Settings
+
+# Threads that wait for one another on busy cores spin: one is faster there. Set before PyTorch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"  # real images, where present
