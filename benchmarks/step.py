@@ -165,7 +165,8 @@ def main() -> None:
         f"torch {torch.__version__}, median of {arguments.rounds} rounds{memory}\n"
     )
     print(
-        "| variant | s/step | times naive | images/s | TFLOP/step | GFLOP/s | of matmul |\n|---|---|---|---|---|---|---|"
+        "| variant | s/step | times naive | images/s | TFLOP/step | GFLOP/s | of matmul |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for variant in found:
         median, done = medians[variant.name], work.get(variant.name, ours)

@@ -6,10 +6,13 @@ Without `torchrun` everything here is the single process's own answer.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -52,6 +55,15 @@ def first_of(value: str | None) -> str | None:
     values: list[str | None] = [None] * world()
     dist.all_gather_object(values, value)
     return next((found for found in values if found is not None), None)
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def share_buffers(module: nn.Module) -> None:

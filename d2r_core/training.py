@@ -152,7 +152,9 @@ def fit(
 
     epoch, step = 1, 0  # step: how many of this epoch's are done
     sums: dict[str, Tensor] = {}  # of the loss's terms over this epoch's images
-    state = checkpoint.load_state(state_folder, warnings.warn) if state_folder is not None else None
+    # Rank 0 alone has the file, on a machine of several; and it writes the next one while others might still read.
+    found = checkpoint.load_state(state_folder, warnings.warn) if state_folder is not None and rank == 0 else None
+    state = distributed.from_first(found)
     if state is None:
         kept = keep(0, objective.model, validate(objective.model))
     else:
