@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2r_core.losses import full
+
 Loss = Callable[[Tensor], Tensor]  # of the candidate images, to a scalar that the attack makes large
 
 
@@ -80,7 +82,7 @@ def pgd(
     start = torch.clamp(x + eps * noise, 0.0, 1.0)
 
     def objective(x_adv: Tensor) -> Tensor:
-        logits = model(x_adv)
+        logits = full(model(x_adv))
         return F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else -margin(logits, y).sum()
 
     with under_attack(model):

@@ -1,6 +1,12 @@
-"""Weights as safetensors with a JSON of what they are beside them, both written atomically."""
+"""Finished weights (safetensors, with a JSON of what they are) and the state of a training under way.
 
+All files are written atomically.
+"""
+
+import hashlib
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +63,45 @@ def load(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{path}: is not the file that {metadata_path(path).name} describes (SHA-256 differs).")
     model.load_state_dict(state)
     return model.to(device).eval(), metadata
+
+
+_LATEST, _PREVIOUS = "latest.pt", "previous.pt"
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a training's state into `folder`; the one before is kept as well.
+
+    At every moment, also when the disk is full, a whole state lies there.
+
+    Raises:
+        UserError: it cannot be written; the last good state is still there.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    payload = content.getbuffer()
+    try:
+        with atomic(folder / _LATEST, keep=folder / _PREVIOUS) as temporary, temporary.open("wb") as stream:
+            stream.write(hashlib.sha256(payload).digest())
+            stream.write(payload)
+    except OSError as error:
+        raise UserError(
+            f"{folder / _LATEST}: the training state cannot be written ({error.strerror}). The last one that was "
+            "written is intact: make room, and run the stage again to continue from it."
+        ) from None
+
+
+def load_state(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest whole state in `folder`, tensors on the CPU; None if there is none. `warn` hears of damaged files."""
+    for name in (_LATEST, _PREVIOUS):
+        path = folder / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        digest, payload = content[:32], content[32:]
+        if hashlib.sha256(payload).digest() == digest:
+            state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            assert isinstance(state, dict)
+            return state
+        warn(f"{path} is damaged and is not used.")
+    return None

@@ -1,7 +1,7 @@
 """Prepared tensors, and batches of them on the device with a random crop and flip for each image."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,13 +104,27 @@ def crop_and_flip(images: Tensor, *, padding: int, flip: bool, generator: torch.
     return images.contiguous()
 
 
-def batches(split: Split, batch_size: int, *, padding: int, flip: bool, generator: torch.Generator) -> Iterator[Split]:
-    """One epoch over `split` (on its device) in random order: float32 images in [0, 1] and labels.
+def shares(order: Tensor, batch_size: int, *, rank: int = 0, world: int = 1) -> list[Tensor]:
+    """The batches of one epoch for one of `world` processes: each is this rank's share of `batch_size` images.
 
-    The last batch may be smaller. `generator` lives on the split's device and decides order, crops and flips.
+    Args:
+        order: int64 (N,), the same on all ranks. Ranks get equally many images of a batch, so that the mean of their
+            gradients is the batch's; up to `world` - 1 images of the last batch are left out for that.
     """
-    order = torch.randperm(len(split), generator=generator, device=split.labels.device)
-    for index in order.split(batch_size):
-        images, labels = split.take(index)
-        augmented = crop_and_flip(images, padding=padding, flip=flip, generator=generator)
-        yield Split(to_float(augmented), labels)
+    whole = [batch[: len(batch) // world * world] for batch in order.split(batch_size)]
+    return [batch[rank::world] for batch in whole if len(batch)]
+
+
+def load_batch(
+    split: Split, index: Tensor, device: torch.device, *, padding: int, flip: bool, generator: torch.Generator
+) -> Split:
+    """The images at `index` on `device`, cropped, flipped, as float32 in [0, 1], channels last, and their labels.
+
+    A split that is not on the device is streamed: gathered on the host and copied through pinned memory.
+    """
+    batch = split.take(index.to(split.labels.device))
+    if split.labels.device != device:
+        pinned = Split(batch.images.pin_memory(), batch.labels.pin_memory())
+        batch = Split(pinned.images.to(device, non_blocking=True), pinned.labels.to(device, non_blocking=True))
+    augmented = crop_and_flip(batch.images, padding=padding, flip=flip, generator=generator)
+    return Split(to_float(augmented).contiguous(memory_format=torch.channels_last), batch.labels)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from d2r_core import attacks, runtime
+from d2r_core import attacks, distributed, runtime
 from d2r_core.data import Split, to_float
 
 # (model, images (B, 3, H, W) in [0, 1], labels (B,), uniform noise in [-1, 1] of the images' shape) -> images
@@ -56,9 +56,11 @@ def perturb(
     device = next(model.parameters()).device
     noise = torch.empty(split.images.shape).uniform_(-1.0, 1.0, generator=runtime.generator(seed, torch.device("cpu")))
     for index in torch.arange(len(split)).split(batch_size):
-        images, labels = split.take(index).to(device)
-        x = to_float(images)
-        yield Split(x, labels), attack(model, x, labels, noise[index].to(device))
+        images, labels = split.take(index.to(split.labels.device)).to(device)
+        x = to_float(images).contiguous(memory_format=torch.channels_last)
+        # A compiled model runs the smaller last batch eagerly.
+        with runtime.eager(len(index) < batch_size and runtime.is_compiled(model)):
+            yield Split(x, labels), attack(model, x, labels, noise[index].to(device))
 
 
 def run(
@@ -78,6 +80,17 @@ def run(
             predictions.append(logits.argmax(1).cpu())
             margins.append(attacks.margin(logits, batch.labels).float().cpu())
     return Outcome(torch.cat(predictions), torch.cat(margins))
+
+
+def sharded_accuracy(model: nn.Module, share: Split, attack: Attack, *, batch_size: int, seed: int) -> float:
+    """The accuracy over all ranks' shares of a split, 0 to 1; the same on every rank."""
+    outcome = run(model, share, attack, batch_size=batch_size, seed=seed)
+    correct = outcome.correct(share.labels.cpu())
+    counts = torch.tensor(
+        [int(correct.sum()), len(correct)], dtype=torch.float64, device=next(model.parameters()).device
+    )
+    right, images = distributed.summed(counts).tolist()
+    return right / images
 
 
 def accuracy(correct: Tensor) -> float:

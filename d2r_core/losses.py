@@ -1,10 +1,18 @@
-"""Training losses as pure functions of logits (B, C) and labels (B,)."""
+"""Training losses as pure functions of logits (B, C) and labels (B,): scalars by name, their sum as `total`.
+
+Computed in at least fp32, whatever precision the networks ran in.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _SMOOTHING = 1e-5  # inside the first logarithm only, as published
+
+
+def full(logits: Tensor) -> Tensor:
+    """Half-precision logits as fp32; others as they are."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -21,6 +29,7 @@ def d2r(
     *,
     clean_weight: float = 20.0,
     adv_weight: float = 30.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """The dual regularization loss (arXiv 2506.07056); nothing is detached, every term trains both models.
 
@@ -29,14 +38,54 @@ def d2r(
         guidance_logits: of the guidance model on the clean images, (B, C).
 
     Returns:
-        Scalars: the terms as they enter the sum, and the sum as `total`. `ce`: the guidance learns the labels;
-        `logit`: adversarial logits follow the guidance's (MSE); `clean` and `adv`: the weighted divergences of the
-        clean and of the adversarial distribution from the guidance's.
+        The terms as they enter the sum. `ce`: the guidance learns the labels; `logit`: adversarial logits follow the
+        guidance's (MSE); `clean` and `adv`: the weighted divergences of the clean and of the adversarial distribution
+        from the guidance's.
     """
-    terms = {
-        "ce": F.cross_entropy(guidance_logits, labels),
-        "logit": F.mse_loss(adv_logits, guidance_logits),
-        "clean": clean_weight * (kl(clean_logits, guidance_logits) - kl(guidance_logits, clean_logits)).abs(),
-        "adv": adv_weight * kl(adv_logits, guidance_logits),
-    }
-    return {**terms, "total": sum(terms.values(), start=torch.zeros_like(terms["ce"]))}
+    a, n, t = full(adv_logits), full(clean_logits), full(guidance_logits)
+    return _summed(
+        ce=F.cross_entropy(t, labels, label_smoothing=label_smoothing),
+        logit=F.mse_loss(a, t),
+        clean=clean_weight * (kl(n, t) - kl(t, n)).abs(),
+        adv=adv_weight * kl(a, t),
+    )
+
+
+def lbgat(
+    adv_logits: Tensor,
+    clean_logits: Tensor,
+    guidance_logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float = 6.0,
+    label_smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    """Learnable boundary guided adversarial training (Cui et al. 2021): D2R's forerunner, with TRADES' term at beta."""
+    a, n, t = full(adv_logits), full(clean_logits), full(guidance_logits)
+    return _summed(
+        ce=F.cross_entropy(t, labels, label_smoothing=label_smoothing),
+        logit=F.mse_loss(a, t),
+        robust=beta * _batch_kl(n, a),
+    )
+
+
+def trades(
+    adv_logits: Tensor, clean_logits: Tensor, labels: Tensor, *, beta: float = 6.0, label_smoothing: float = 0.0
+) -> dict[str, Tensor]:
+    """TRADES (Zhang et al. 2019): clean cross-entropy and beta times the divergence that the attack makes."""
+    a, n = full(adv_logits), full(clean_logits)
+    return _summed(ce=F.cross_entropy(n, labels, label_smoothing=label_smoothing), robust=beta * _batch_kl(n, a))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+    """On adversarial images adversarial training (Madry et al. 2018), on clean ones standard training."""
+    return _summed(ce=F.cross_entropy(full(logits), labels, label_smoothing=label_smoothing))
+
+
+def _batch_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q), summed over classes and averaged over the batch, as TRADES weighs it."""
+    return F.kl_div(q_logits.log_softmax(1), p_logits.softmax(1), reduction="batchmean")
+
+
+def _summed(**terms: Tensor) -> dict[str, Tensor]:
+    return {**terms, "total": torch.stack(list(terms.values())).sum()}

@@ -81,5 +81,10 @@ class Paths:
         return self.reports / "model_card.md"
 
     @property
+    def state(self) -> Path:
+        """Folder of the states of trainings under way, each in a folder named by what it depends on."""
+        return self.root / "state"
+
+    @property
     def dvc_lock(self) -> Path:
         return self.root / "dvc.lock"

@@ -2,20 +2,25 @@
 
 import csv
 import dataclasses
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from d2r_core import checkpoint, data
-from tasks import serving, tracking
+from tasks import serving, shipping, tracking
 from tasks.lineage import Lineage
 from tasks.paths import Paths
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+_BATCH = 1000  # metrics that a server takes at once
 
 
 class Recorded(NamedTuple):
@@ -30,7 +35,8 @@ def record(
 ) -> Recorded:
     """Log the evaluated target model to the run that trained it.
 
-    Where this server does not know that run, a new one is made from the files. All of it may be done again.
+    Where this server does not know that run, a new one is made from the files. The run that trained the guidance gets
+    what it missed as well. All of it may be done again.
 
     Args:
         metadata: the target checkpoint's JSON.
@@ -39,27 +45,54 @@ def record(
     model, _ = checkpoint.load(paths.target, torch.device("cpu"))
     images = data.load_split(paths.prepared / "test.safetensors").images[:2]
     run_id = _training_run(client, settings, paths, metadata)
-    _log_history(client, run_id, paths.train_history)
+    complete(client, run_id, paths.train_history)
+    if checkpoint.metadata_path(paths.guidance).exists():
+        complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
     _log_files(client, run_id, paths)
     return Recorded(run_id, serving.log_model(run_id, model, metadata, data.to_float(images).numpy()))
 
 
+def complete(client: "MlflowClient", run_id: str, history: Path) -> None:
+    """Give the run of a training that ended well what MLflow missed while it was away: points, and its end.
+
+    All points to a new run, none to one that missed nothing; and nothing to a run that this server does not know.
+
+    Args:
+        history: the CSV of epochs; beside it as .jsonl, where it was kept, the file of all points.
+    """
+    run = tracking.find(client, run_id)
+    if run is None:
+        return
+    logged = {name: {metric.step for metric in client.get_metric_history(run_id, name)} for name in run.data.metrics}
+    missing = [metric for metric in _points(history) if metric.step not in logged.get(metric.key, ())]
+    for start in range(0, len(missing), _BATCH):
+        client.log_batch(run_id, missing[start : start + _BATCH])
+    if run.info.status == "RUNNING":
+        client.set_terminated(run_id)
+
+
+def _points(history: Path) -> Iterator["Metric"]:
+    from mlflow.entities import Metric
+
+    points = history.with_suffix(".jsonl")
+    if points.exists():
+        yield from itertools.chain.from_iterable(shipping.Tail(points))
+        return
+    now = int(time.time() * 1000)
+    with history.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            epoch = int(row.pop("epoch"))
+            yield from (Metric(name, float(value), now, epoch) for name, value in row.items() if value)
+
+
 def _training_run(client: "MlflowClient", settings: Settings, paths: Paths, metadata: dict[str, Any]) -> str:
     """The run that trained the model; where this server does not know it, one made from the files."""
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     trained_in = str(metadata["mlflow_run_id"])
-    try:
-        found = client.get_run(trained_in).info
-        if found.lifecycle_stage == "active":
-            if found.status == "RUNNING":  # MLflow was away when the training ended, and that it ended well is known
-                client.set_terminated(trained_in)
-            return trained_in
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    if tracking.find(client, trained_in) is not None:
+        return trained_in
     # The artifacts came out of a cache or from another machine, whose server holds the run.
     experiment = client.get_experiment_by_name(settings.tracking.experiment)
     assert experiment is not None
@@ -78,19 +111,6 @@ def _training_run(client: "MlflowClient", settings: Settings, paths: Paths, meta
     return run_id
 
 
-def _log_history(client: "MlflowClient", run_id: str, history: Path) -> None:
-    """Log the epochs that the run does not have: all of them to a new run, none to one that missed nothing."""
-    from mlflow.entities import Metric
-
-    logged = {metric.step for metric in client.get_metric_history(run_id, "loss")}
-    now = int(time.time() * 1000)
-    with history.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            step = int(row.pop("epoch"))
-            if step not in logged:
-                client.log_batch(run_id, [Metric(key, float(value), now, step) for key, value in row.items() if value])
-
-
 def _log_figures(client: "MlflowClient", run_id: str, robustness: dict[str, Any]) -> None:
     from mlflow.entities import Metric
 
@@ -107,8 +127,9 @@ def _log_files(client: "MlflowClient", run_id: str, paths: Paths) -> None:
     """What people look at, what the figures stand on, and the checkpoint."""
     reports = (paths.report, paths.model_card, paths.robustness, paths.examples, paths.validation)
     histories = (paths.pretrain_history, paths.train_history)
-    recipe = (path for path in (paths.params, paths.dvc_lock) if path.exists())
-    for path in (*reports, *histories, *recipe):
+    points = (path.with_suffix(".jsonl") for path in histories)
+    present = (path for path in (*points, paths.params, paths.dvc_lock) if path.exists())
+    for path in (*reports, *histories, *present):
         client.log_artifact(run_id, str(path))
     for path in (paths.target, checkpoint.metadata_path(paths.target)):
         client.log_artifact(run_id, str(path), "checkpoint")

@@ -23,7 +23,7 @@ from d2r_core.files import write_text
 from tasks import charts, stage
 from tasks.charts import Mark, Series
 from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.settings import Method, Settings
 
 # The attacks of robustness.json in the order of the report's rows, each with what a reader must know about it.
 ATTACKS = {
@@ -94,6 +94,7 @@ def run(settings: Settings, paths: Paths) -> None:
         "distance": distance,
         "value": value,
         "name": name,
+        "method": method,
         "markdown": markdown,
     }
     page = environment.get_template("report.html.j2").render(context)
@@ -141,6 +142,19 @@ def name(architecture: Mapping[str, Any]) -> str:
             strides = ", ".join(map(str, architecture["strides"]))
             return f"ResNet-18 (width {architecture['width']}, strides {strides})"
     return str(architecture["name"])
+
+
+def method(found: Method) -> str:
+    """A training method and its weights: "D2R + CAG (clean_weight 20, adv_weight 30)"."""
+    names = {
+        "d2r": "D2R + CAG",
+        "lbgat": "LBGAT",
+        "trades": "TRADES",
+        "at": "PGD adversarial training",
+        "standard": "standard training",
+    }
+    options = ", ".join(f"{key} {value(found)}" for key, found in found if key != "name")
+    return f"{names[found.name]} ({options})" if options else names[found.name]
 
 
 def markdown(text: object) -> Markup:
@@ -239,7 +253,15 @@ def _target_charts(history: pd.DataFrame, metadata: Mapping[str, Any]) -> list[M
         f"kept, with {percent(kept['clean_accuracy'])} clean and {percent(kept['robust_accuracy'])} robust.",
         kept=kept["epoch"],
     )
-    styles = {"loss": "ink", "ce": "soft dashed", "logit": "soft dotted", "clean": "target dashed", "adv": "target"}
+    known = {
+        "loss": "ink",
+        "ce": "soft dashed",
+        "logit": "soft dotted",
+        "clean": "target dashed",
+        "adv": "target",
+        "robust": "target",
+    }
+    styles = {term: style for term, style in known.items() if term in history}
     loss = charts.curves(
         epochs,
         [Series(term, style, history[term].tolist()) for term, style in styles.items()],

@@ -4,10 +4,8 @@ There are no defaults in code: what a stage uses stands in the file, so DVC sees
 message with the key's path, what was found and what is allowed.
 """
 
-import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -24,9 +22,10 @@ from pydantic import (
     Strict,
     ValidationError,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from d2r_core.errors import UserError
+from tasks import mistakes
 
 
 def _fraction(value: object) -> object:
@@ -102,13 +101,68 @@ class ResNet18(Section):
 Architecture = Annotated[WideResNet | PreActResNet18 | ResNet18, Field(discriminator="name")]
 
 
+class D2RMethod(Section):
+    """The published method: CAG and the dual regularization loss."""
+
+    name: Literal["d2r"]
+    clean_weight: NotNegative  # 20 as published
+    adv_weight: NotNegative  # 30 as published
+    freeze_guidance: bool  # keep the guidance as pretrained; false as published
+
+
+class LbgatMethod(Section):
+    """LBGAT (Cui et al. 2021), D2R's forerunner."""
+
+    name: Literal["lbgat"]
+    beta: NotNegative  # 6 as published for CIFAR-10, 0 is LBGAT0
+
+
+class TradesMethod(Section):
+    """TRADES (Zhang et al. 2019)."""
+
+    name: Literal["trades"]
+    beta: NotNegative  # 6 as published
+
+
+class AdversarialMethod(Section):
+    """PGD adversarial training (Madry et al. 2018)."""
+
+    name: Literal["at"]
+
+
+class StandardMethod(Section):
+    """No attack: what the others are measured against."""
+
+    name: Literal["standard"]
+
+
+Method = Annotated[
+    D2RMethod | LbgatMethod | TradesMethod | AdversarialMethod | StandardMethod, Field(discriminator="name")
+]
+
+
+class Average(Section):
+    """An average of the target's weights, kept instead of the weights themselves."""
+
+    name: Literal["none", "ema", "swa"]
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)]  # of ema, at each step
+    from_epoch: Count
+
+
+class WeightPerturbation(Section):
+    """AWP (Wu et al. 2020)."""
+
+    gamma: NotNegative  # relative to each weight's norm; 0.005 as published for TRADES; 0: off
+    from_epoch: Count
+
+
 class Optimisation(Section):
     """What the two training stages have in common: SGD with momentum over augmented batches."""
 
     architecture: Architecture
     batch_size: Count
     learning_rate: Positive
-    schedule: Literal["step", "constant", "cosine"]
+    schedule: Literal["step", "constant", "cosine", "one_cycle"]
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
     weight_decay: NotNegative
     crop_padding: CountOrZero  # random crop after padding by so many pixels; 0: none
@@ -122,14 +176,18 @@ class Pretrain(Optimisation):
 
 
 class Train(Optimisation):
-    """D2R + CAG training of the target model."""
+    """Adversarial training of the target model: D2R + CAG, or a rival on equal terms."""
 
+    method: Method
     epochs: Count
     eps: Distance  # radius of the adversarial examples, Linf, images in [0, 1]
     step_size: Distance
     steps: Count
-    clean_weight: NotNegative  # 20 as published
-    adv_weight: NotNegative  # 30 as published
+    # What follows is off in the published recipe.
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
+    gradient_clip: Positive | None  # largest norm
+    weight_perturbation: WeightPerturbation
+    average: Average
 
 
 class Evaluate(Section):
@@ -161,7 +219,13 @@ class Tracking(Section):
 
 
 class Runtime(Section):
+    """Where and how fast the two trainings run."""
+
     device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["fp32", "tf32", "bf16"]  # of the networks' passes; fp32 is the reference
+    compile: Literal["auto", "on", "off"]  # auto: on a GPU that has a C compiler beside it
+    save_minutes: Positive  # between two writes of the training state; every epoch's end is written as well
+    max_minutes: Positive | None  # save and stop after so long; run again to continue
 
 
 class Settings(Section):
@@ -212,62 +276,7 @@ def parse(values: object, name: str = "params.yaml") -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_message(name, detail) for detail in error.errors())) from None
-
-
-def _message(name: str, detail: ErrorDetails) -> str:
-    """One line for one mistake: where, what was found, what is allowed."""
-    parts = [str(part) for part in detail["loc"]]
-    # The tag of an architecture stands in pydantic's location, but is no key of the file.
-    where = f"{name}: " + (".".join(part for part in parts if part not in _ARCHITECTURES) or "the file")
-    found, context = detail["input"], detail.get("ctx", {})
-    match detail["type"]:
-        case "missing":
-            return f"{where} is missing. Every key must be there; the files in presets/ are complete."
-        case "extra_forbidden":
-            known = _keys(parts[:-1])
-            return f"{where} is not a known key.{_did_you_mean(parts[-1], known)} Known here: {', '.join(known)}."
-        case "literal_error":
-            allowed = re.findall(r"'([^']*)'", context["expected"])
-            return f"{where} is {found!r}; allowed: {', '.join(allowed)}.{_did_you_mean(found, allowed)}"
-        case "union_tag_invalid":
-            tag, allowed = context["tag"], list(_ARCHITECTURES)
-            return f"{where}.name is {tag!r}; allowed: {', '.join(allowed)}.{_did_you_mean(tag, allowed)}"
-        case "union_tag_not_found":
-            return f"{where}.name is missing; allowed: {', '.join(_ARCHITECTURES)}."
-        case "model_type" | "model_attributes_type":
-            return f"{where} is {found!r}; it must be a section with the keys {', '.join(_keys(parts))}."
-    hint = ""
-    if isinstance(found, str) and re.fullmatch(r"[0-9]+e[-+]?[0-9]+", found):
-        hint = f" YAML reads {found} as text: write {float(found)!r} or {found.replace('e', '.0e')}."
-    return f"{where} is {found!r}; {detail['msg'][0].lower()}{detail['msg'][1:]}.{hint}"
-
-
-_ARCHITECTURES: dict[str, type[Section]] = {
-    "wide_resnet": WideResNet,
-    "preact_resnet18": PreActResNet18,
-    "resnet18": ResNet18,
-}
-
-
-def _keys(parts: list[str]) -> list[str]:
-    """The keys that the section at `parts` knows."""
-    section: type[BaseModel] = Settings
-    for part in parts:
-        if part in _ARCHITECTURES:
-            section = _ARCHITECTURES[part]
-        elif part != "architecture":
-            fields = {field.alias or key: field for key, field in section.model_fields.items()}
-            annotation = fields[part].annotation
-            assert isinstance(annotation, type)
-            assert issubclass(annotation, Section)
-            section = annotation
-    return [field.alias or key for key, field in section.model_fields.items()]
-
-
-def _did_you_mean(found: object, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(str(found), allowed, n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+        raise UserError("\n".join(mistakes.describe(name, Settings, detail) for detail in error.errors())) from None
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

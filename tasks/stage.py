@@ -24,8 +24,8 @@ def main(run: Callable[[Settings, Paths], object]) -> None:
         run(settings_file.load(paths.params), paths)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"interrupted: {str(interruption) or 'nothing was written.'}", file=sys.stderr)
         sys.exit(130)
 
 

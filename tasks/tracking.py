@@ -1,7 +1,7 @@
 """MLflow: where it is, and one run for each training.
 
-Tracking only observes. It must answer when a run begins; after that a training is never lost to it, and `registry`
-fills in from the history files whatever it missed.
+Tracking only observes. It must answer when a training begins or continues; after that no training waits for it or is
+lost to it. `shipping` sends the points when it can, and `recording` fills in whatever is missing at the end.
 """
 
 import fcntl
@@ -9,21 +9,30 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from d2r_core import runtime
 from d2r_core.errors import UserError
-from tasks import lineage
+from tasks import causes, lineage, shipping, system_metrics
 from tasks.lineage import Lineage
 from tasks.paths import Paths
 from tasks.settings import Settings
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
 _log = logging.getLogger(__name__)
 
 _SQLITE = "sqlite:///"
+
+# How long the end of a training waits for a server that does not take its last points.
+FINISH_SECONDS = 30.0
+STOP_SECONDS = 5.0  # a spot machine's notice is short, and a training that is stopped continues
 
 
 class UnavailableError(UserError):
@@ -31,10 +40,9 @@ class UnavailableError(UserError):
 
 
 class TrainingRun(NamedTuple):
-    """An MLflow run: its id, and `log(metrics, step)`."""
+    """An MLflow run; its id is empty in a process that tracks nothing."""
 
     id: str
-    log: Callable[[Mapping[str, float], int], None]
 
 
 def configure(settings: Settings, paths: Paths) -> None:
@@ -48,7 +56,7 @@ def configure(settings: Settings, paths: Paths) -> None:
         UserError: the database or the experiment cannot be used.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # MLflow's own 7 retries would hold a training up for 4 minutes at every epoch that the server is away.
+    # MLflow's own 7 retries would take 4 minutes to say that the server is away.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
@@ -73,27 +81,55 @@ def configure(settings: Settings, paths: Paths) -> None:
 
 
 @contextmanager
-def training_run(settings: Settings, paths: Paths, stage: str) -> Iterator[TrainingRun]:
-    """Run a training stage ("pretrain" or "train") as an MLflow run with its settings, data and lineage.
+def training_run(settings: Settings, paths: Paths, stage: str, points: Path) -> Iterator[TrainingRun]:
+    """Run a training stage ("pretrain" or "train") as an MLflow run with its settings, data, lineage and points.
 
-    The run ends FINISHED, KILLED on KeyboardInterrupt, or FAILED on any other exception. A server that goes away
-    during the training costs a warning, not the training. The prepared data must exist.
+    What the training appends to the file `points` (see `progress`) reaches the run from a thread. A training that
+    continues, beside whose points a run is noted, continues that run too, if it is still there. The run ends FINISHED,
+    KILLED on KeyboardInterrupt, or FAILED on any other exception. A server that goes away during the training costs a
+    warning and `FINISH_SECONDS` at the end, not the training. The prepared data must exist.
 
     Raises:
-        UserError: as `configure`.
+        UserError: as `configure`: nothing is trained before the server has answered.
     """
-    configure(settings, paths)
-    status = "FAILED"
     try:
-        with readable_errors():
-            run_id = begin(settings, paths, stage, lineage.of(settings, paths))
-        yield TrainingRun(run_id, lambda metrics, step: _log_metrics(run_id, metrics, step))
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        _end(status)
+        configure(settings, paths)
+    except UnavailableError as error:
+        raise UnavailableError(f"{error} A training needs it when it begins or continues, not after that.") from error
+    status = "FAILED"
+    # Short and single requests: what fails is tried again by the thread.
+    timeout = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=timeout, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
+        try:
+            with readable_errors():
+                run_id = _begin_or_continue(settings, paths, stage, points)
+            with _shipped(settings, run_id, points):
+                yield TrainingRun(run_id)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            _end(status)
+
+
+@contextmanager
+def silent() -> Iterator[TrainingRun]:
+    """What the ranks other than 0 have in the place of a run."""
+    yield TrainingRun("")
+
+
+def find(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run, unless this server does not know it or it was deleted there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def begin(settings: Settings, paths: Paths, stage: str, made_from: Lineage, **tags: str) -> str:
@@ -109,15 +145,7 @@ def begin(settings: Settings, paths: Paths, stage: str, made_from: Lineage, **ta
     run = mlflow.start_run(
         experiment_id=experiment.experiment_id,
         run_name=f"{stage} {manifest['source']}",
-        tags={
-            "stage": stage,
-            "git_commit": made_from.git_commit,
-            "git_dirty": str(made_from.git_dirty).lower(),
-            "data_hash": made_from.data_hash,
-            "settings_hash": made_from.settings_hash,
-            "d2r_version": _version(),
-            **tags,
-        },
+        tags={"stage": stage, **_tags(made_from), **tags},
     )
     mlflow.log_params(settings.flat())
     dataset = Dataset(
@@ -130,6 +158,44 @@ def begin(settings: Settings, paths: Paths, stage: str, made_from: Lineage, **ta
     context = InputTag(MLFLOW_DATASET_CONTEXT, "training")
     client.log_inputs(run.info.run_id, datasets=[DatasetInput(dataset, [context])])
     return str(run.info.run_id)
+
+
+def _begin_or_continue(settings: Settings, paths: Paths, stage: str, points: Path) -> str:
+    import mlflow
+
+    made_from = lineage.of(settings, paths)
+    noted = shipping.read_note(points)
+    if noted is None or find(mlflow.MlflowClient(), noted.run_id) is None:
+        return begin(settings, paths, stage, made_from)
+    mlflow.start_run(noted.run_id, tags=_tags(made_from))
+    return noted.run_id
+
+
+def _tags(made_from: Lineage) -> dict[str, str]:
+    return {
+        "git_commit": made_from.git_commit,
+        "git_dirty": str(made_from.git_dirty).lower(),
+        "data_hash": made_from.data_hash,
+        "settings_hash": made_from.settings_hash,
+        "d2r_version": _version(),
+    }
+
+
+@contextmanager
+def _shipped(settings: Settings, run_id: str, points: Path) -> Iterator[None]:
+    """Send the points to the run during the block, and on a GPU the machine's metrics beside them."""
+    import mlflow
+
+    on_gpu = runtime.device(settings.runtime.device).type == "cuda"
+    with system_metrics.monitor(run_id) if on_gpu else nullcontext(lambda: None) as watch:
+        shipment = shipping.Shipment(mlflow.MlflowClient(), run_id, points, watch)
+        seconds, then = STOP_SECONDS, "when the training continues"
+        try:
+            yield
+            seconds, then = FINISH_SECONDS, "when the model is registered"
+        finally:
+            if missing := shipment.finish(seconds):
+                _log.warning("MLflow does not have %d points of this training yet; they are sent %s.", missing, then)
 
 
 @contextmanager
@@ -147,13 +213,13 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        causes = list(_causes(error))
-        if any(map(_may_pass, causes)):
+        chain = list(causes.chain(error))
+        if any(map(_may_pass, chain)):
             raise UnavailableError(
-                f"MLflow at {mlflow.get_tracking_uri()} does not answer ({_first_line(causes[-1])}). Start it, or "
+                f"MLflow at {mlflow.get_tracking_uri()} does not answer ({causes.first_line(chain[-1])}). Start it, or "
                 "correct tracking.uri in params.yaml or the variable MLFLOW_TRACKING_URI."
             ) from error
-        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} refuses: {_first_line(error)}") from error
+        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} refuses: {causes.first_line(error)}") from error
 
 
 @contextmanager
@@ -211,24 +277,13 @@ def _locked(database: Path) -> Iterator[None]:
         ) from None
 
 
-def _log_metrics(run_id: str, metrics: Mapping[str, float], step: int) -> None:
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        mlflow.log_metrics(dict(metrics), step=step, run_id=run_id)
-    except MlflowException as error:
-        _log.warning("MLflow did not take the metrics of step %d: %s", step, _first_line([*_causes(error)][-1]))
-
-
 def _end(status: str) -> None:
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     try:
         mlflow.end_run(status)
-    except MlflowException as error:
-        _log.warning("MLflow could not end the run as %s: %s", status, _first_line([*_causes(error)][-1]))
+    except Exception as error:  # whatever it is, the training has ended
+        _log.warning("MLflow could not end the run as %s: %s", status, causes.first_line([*causes.chain(error)][-1]))
 
 
 def _version() -> str:
@@ -236,17 +291,6 @@ def _version() -> str:
         return metadata.version("d2r")
     except metadata.PackageNotFoundError:  # run from a checkout that was never installed
         return "unknown"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it comes from, the first cause last."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -1,9 +1,12 @@
-"""Stage `train`: the target model, by D2R on CAG's adversarial examples, beside the guidance model."""
+"""Stage `train`: the target model, by D2R on CAG's adversarial examples, or by a rival on equal terms."""
 
+from collections.abc import Callable
 from functools import partial
 
+from torch import nn
+
 from d2r_core import checkpoint, evaluation, runtime
-from d2r_core.objectives import D2R
+from d2r_core.objectives import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
 from d2r_core.training import Kept
 from tasks import fitting, stage
 from tasks.paths import Paths
@@ -18,21 +21,13 @@ def run(settings: Settings, paths: Paths) -> Kept:
     The kept epoch is the one with the best PGD-10 accuracy on the validation split, never on the test images.
     """
     section = settings.train
-    guidance, _ = checkpoint.load(paths.guidance, runtime.device(settings.runtime.device))
+    guidance, described = checkpoint.load(paths.guidance, runtime.device(settings.runtime.device))
     return fitting.fit_and_save(
         settings,
         paths,
         stage="train",
         architecture=section.architecture.model_dump(),
-        objective=partial(
-            D2R,
-            guidance=guidance,
-            eps=section.eps,
-            step_size=section.step_size,
-            steps=section.steps,
-            clean_weight=section.clean_weight,
-            adv_weight=section.adv_weight,
-        ),
+        objective=_objective(settings, guidance),
         criteria={
             "clean_accuracy": evaluation.clean(),
             "robust_accuracy": evaluation.pgd(section.eps, section.step_size, _VALIDATION_STEPS),
@@ -43,7 +38,34 @@ def run(settings: Settings, paths: Paths) -> Kept:
         seed=settings.seed + 1,
         weights=paths.target,
         history=paths.train_history,
+        inputs=described["weights_sha256"],
     )
+
+
+def _objective(settings: Settings, guidance: nn.Module) -> Callable[[nn.Module], Objective]:
+    """The method that the settings name, still without its target model."""
+    section, method = settings.train, settings.train.method
+    attack: Attack = {"eps": section.eps, "step_size": section.step_size, "steps": section.steps}
+    smoothing = section.label_smoothing
+    match method.name:
+        case "d2r":
+            return partial(
+                D2R,
+                guidance=guidance,
+                attack=attack,
+                clean_weight=method.clean_weight,
+                adv_weight=method.adv_weight,
+                freeze_guidance=method.freeze_guidance,
+                label_smoothing=smoothing,
+            )
+        case "lbgat":
+            return partial(Lbgat, guidance=guidance, attack=attack, beta=method.beta, label_smoothing=smoothing)
+        case "trades":
+            return partial(Trades, attack=attack, beta=method.beta, label_smoothing=smoothing)
+        case "at":
+            return partial(AdversarialTraining, attack=attack, label_smoothing=smoothing)
+        case "standard":
+            return partial(Standard, label_smoothing=smoothing)
 
 
 if __name__ == "__main__":

@@ -1,65 +1,21 @@
 """The training engine and its parts: exact repetition, convergence on a toy, refusal of a loss that is not finite."""
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from toy import ATTACK, CPU, d2r, fit, network, split
 
-from d2r_core import attacks, checkpoint, data, evaluation, models, runtime, schedules, training
+from d2r_core import attacks, checkpoint, data, evaluation, runtime, schedules
 from d2r_core.data import Split
 from d2r_core.errors import UserError
-from d2r_core.objectives import D2R, Standard
-
-CPU = torch.device("cpu")
-ATTACK: dict[str, Any] = {"eps": 0.1, "step_size": 0.025, "steps": 5}
-
-
-def toy(seed: int, count: int = 128) -> Split:
-    """Two classes of 8 x 8 images that a mean of their left half tells apart, with noise around."""
-    generator = runtime.generator(seed, CPU)
-    labels = torch.arange(count) % 2
-    images = torch.randint(60, 196, (count, 3, 8, 8), generator=generator, dtype=torch.int16)
-    images[:, :, :, :4] += torch.where(labels == 1, 55, -55)[:, None, None, None].short()
-    return Split(images.clamp(0, 255).to(torch.uint8), labels)
-
-
-def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return models.build("wide_resnet", num_classes=2, image_size=8, depth=10, widen_factor=1)
-
-
-def silent(iterable: Iterable[Split], *, desc: str, total: int) -> Iterable[Split]:
-    return iterable
-
-
-def fit(objective: Standard | D2R, **changes: Any) -> tuple[training.Kept, list[Mapping[str, float]]]:
-    logged: list[Mapping[str, float]] = []
-    arguments: dict[str, Any] = {
-        "epochs": 3,
-        "batch_size": 32,
-        "learning_rate": 0.02,
-        "schedule": "constant",
-        "momentum": 0.9,
-        "weight_decay": 2e-4,
-        "crop_padding": 1,
-        "flip": False,
-        "seed": 0,
-        "criteria": {"clean_accuracy": evaluation.clean(), "robust_accuracy": evaluation.pgd(**ATTACK)},
-        "log": lambda metrics, epoch: logged.append({"epoch": epoch, **metrics}),
-        "progress": silent,
-    }
-    return training.fit(objective, toy(0), toy(1, 64), **{**arguments, **changes}), logged
-
-
-def d2r(seed: int = 0) -> D2R:
-    return D2R(network(seed), network(seed + 100), clean_weight=20.0, adv_weight=30.0, **ATTACK)
+from d2r_core.objectives import Standard
 
 
 def test_d2r_learns_the_toy_robustly_and_keeps_the_best_epoch() -> None:
-    kept, logged = fit(d2r(), epochs=10)
+    kept, logged = fit(d2r(), epochs=20)
     assert kept.metrics["robust_accuracy"] > 0.9
     best = max(row["robust_accuracy"] for row in logged)
     assert kept.metrics["robust_accuracy"] == best
@@ -116,7 +72,7 @@ def test_pgd_stays_in_the_ball_and_leaves_the_model_as_it_was(loss: Any) -> None
     model = network(0).train()
     model.get_submodule("bn1").eval()  # a mixed mode must come back too
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    x, y = data.to_float(toy(0).images), toy(0).labels
+    x, y = data.to_float(split(0).images), split(0).labels
     x_adv = attacks.pgd(model, x, y, loss=loss, **ATTACK)
     assert (x_adv - x).abs().max() <= ATTACK["eps"] + 1e-6
     assert x_adv.min() >= 0.0
@@ -130,11 +86,11 @@ def test_pgd_stays_in_the_ball_and_leaves_the_model_as_it_was(loss: Any) -> None
 def test_attacks_grow_stronger_from_noise_to_fgsm_to_pgd_and_with_eps() -> None:
     kept, _ = fit(Standard(model := network(0)), epochs=3)
     model.load_state_dict(kept.state)
-    split = toy(2, 256)
+    images = split(2, 256)
 
     def accuracy(attack: evaluation.Attack) -> float:
-        outcome = evaluation.run(model, split, attack, batch_size=64, seed=0)
-        return evaluation.accuracy(outcome.correct(split.labels))
+        outcome = evaluation.run(model, images, attack, batch_size=64, seed=0)
+        return evaluation.accuracy(outcome.correct(images.labels))
 
     eps = 0.15
     noise = accuracy(lambda model, x, y, noise: (x + eps * noise.sign()).clamp(0, 1))
@@ -145,9 +101,9 @@ def test_attacks_grow_stronger_from_noise_to_fgsm_to_pgd_and_with_eps() -> None:
 
 
 def test_figures_do_not_depend_on_the_batch_size() -> None:
-    model, split = network(0), toy(2, 50)
+    model, images = network(0), split(2, 50)
     attack = evaluation.pgd(**ATTACK)
-    one, many = (evaluation.run(model, split, attack, batch_size=size, seed=3) for size in (7, 50))
+    one, many = (evaluation.run(model, images, attack, batch_size=size, seed=3) for size in (7, 50))
     assert torch.equal(one.predictions, many.predictions)
     torch.testing.assert_close(one.margins, many.margins, rtol=1e-4, atol=1e-5)
 
@@ -177,14 +133,18 @@ def test_crops_and_flips_are_exact_shifts_of_each_image() -> None:
 
 
 def test_an_epoch_holds_every_image_once() -> None:
-    split = Split(torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 4, 4), torch.arange(10))
+    numbered = Split(torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 4, 4), torch.arange(10))
     generator = runtime.generator(0, CPU)
-    epochs = [list(data.batches(split, 4, padding=0, flip=False, generator=generator)) for _ in range(2)]
-    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
-    orders = [torch.cat([batch.labels for batch in epoch]) for epoch in epochs]
-    assert all(torch.equal(order.sort().values, torch.arange(10)) for order in orders)
-    assert not torch.equal(orders[0], orders[1])
-    batch = epochs[0][0]
+    order = torch.randperm(10, generator=generator)
+    indices = data.shares(order, 4)
+    assert [len(index) for index in indices] == [4, 4, 2]
+    assert torch.equal(torch.cat(indices), order)
+    halves = [data.shares(order, 4, rank=rank, world=2) for rank in range(2)]
+    for whole, *parts in zip(indices, *halves, strict=True):
+        assert len(parts[0]) == len(parts[1])
+        assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+    batch = data.load_batch(numbered, indices[0], CPU, padding=0, flip=False, generator=generator)
+    assert torch.equal(batch.labels, indices[0])
     torch.testing.assert_close(batch.images[:, 0, 0, 0] * 255, batch.labels.float())
 
 

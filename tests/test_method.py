@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2r_core import cag, losses
-from d2r_core.objectives import D2R
+from d2r_core.objectives import D2R, Attack
 
 RECORDED = np.load(Path(__file__).parent / "reference/d2r_steps.npz")
 CASES = sorted({name.split("/")[0] for name in RECORDED.files})
@@ -75,8 +75,9 @@ def test_cag_makes_the_recorded_examples(case: Case) -> None:
 
 
 def test_one_training_step_has_the_recorded_loss_gradients_and_statistics(case: Case) -> None:
-    objective = D2R(case.target, case.guidance, steps=case.steps, clean_weight=20.0, adv_weight=30.0, **case.attack)
-    x_adv = objective.perturb(case.x, case["noise"])
+    attack: Attack = {"eps": case.attack["eps"], "step_size": case.attack["step_size"], "steps": case.steps}
+    objective = D2R(case.target, case.guidance, attack=attack, clean_weight=20.0, adv_weight=30.0)
+    x_adv = cag.generate(case.target, case.guidance, case.x, noise=case["noise"], **attack)
     terms = objective(case.x, x_adv, case.y)
     terms["total"].backward()
     torch.testing.assert_close(terms["total"].detach(), case["loss"].squeeze(), rtol=1e-12, atol=1e-12)

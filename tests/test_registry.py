@@ -29,6 +29,7 @@ from d2r_core.errors import UserError
 from flows import promotion
 from tasks import evaluate, lineage, registry, serving, tracking
 from tasks.paths import Paths
+from tasks.progress import Progress
 from tasks.settings import Settings
 
 NAME = "digits"
@@ -114,8 +115,9 @@ class Project:
             "image_size": 16,
         }
         model = models.build(**architecture).eval()
-        with tracking.training_run(self.settings, self.paths, "train") as run:
-            run.log({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
+        progress = Progress("train", 2, self.paths.state / str(time.time()) / "metrics.jsonl", show=False)
+        with tracking.training_run(self.settings, self.paths, "train", progress.path) as run:
+            progress.log({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
         made_from = lineage.of(self.settings, self.paths)
         metadata = {
             "architecture": architecture,
@@ -225,6 +227,30 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
     # The run missed the second epoch; the first one is not there twice.
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 2.5), (2, 1.5)]
+
+
+def test_runs_get_the_points_that_they_missed(project: Project) -> None:
+    """Of both trainings, from the files of points; the first row of either is there already."""
+    paths, model = project.paths, project.train()
+    checkpoint.save(paths.guidance, model, checkpoint.read_metadata(paths.target))
+    project.train(seed=1)
+    pretrained_in, trained_in = (
+        checkpoint.read_metadata(path)["mlflow_run_id"] for path in (paths.guidance, paths.target)
+    )
+    client = mlflow.MlflowClient()
+    client.update_run(pretrained_in, status="RUNNING")  # as if MLflow had been away when it ended
+    for history in (paths.pretrain_history, paths.train_history):
+        progress = Progress("train", 2, history.with_suffix(".jsonl"), show=False)
+        progress.log({"loss": 2.5}, 1)
+        progress.log_step({"loss": 2.0}, 2, 1, 2)
+        progress.log({"loss": 1.5}, 2)
+    project.evaluate()
+    registry.register(project.settings, paths)
+    for run_id in (trained_in, pretrained_in):
+        for name, expected in {"loss": [(1, 2.5), (2, 1.5)], "step/loss": [(3, 2.0)]}.items():
+            assert [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)] == expected
+        assert client.get_run(run_id).info.status == "FINISHED"
+    assert {"pretrain_history.jsonl", "train_history.jsonl"} < files_of(trained_in)
 
 
 def test_logged_model_gives_the_checkpoints_logits(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

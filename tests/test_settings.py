@@ -8,6 +8,7 @@ import pytest
 
 from d2r_core.errors import UserError
 from tasks import settings as settings_file
+from tasks.settings import D2RMethod
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
@@ -36,7 +37,9 @@ def test_the_published_recipe_stands_in_the_presets() -> None:
             assert (train.eps, train.step_size, train.steps) == (0.031, 0.007, 10), classes
             assert (train.learning_rate, train.momentum, train.weight_decay) == (0.1, 0.9, 2e-4)
             assert (train.batch_size, train.epochs, train.schedule) == (128, 100, "step")
-            assert (train.clean_weight, train.adv_weight) == (20.0, 30.0)
+            assert train.method == D2RMethod(name="d2r", clean_weight=20.0, adv_weight=30.0, freeze_guidance=False)
+            assert (train.label_smoothing, train.gradient_clip, train.weight_perturbation.gamma) == (0.0, None, 0.0)
+            assert train.average.name == "none"
             assert (train.crop_padding, train.flip) == (4, True)
             assert settings.pretrain.epochs == 0, "the published guidance starts from random weights"
             assert settings.prepare.source == name
@@ -60,13 +63,27 @@ def test_a_distance_may_be_a_fraction(tiny_values: dict[str, Any]) -> None:
         ("train.eps", "8/0", "train.eps is '8/0'; input should be a valid number"),
         ("train.eps", float("nan"), "train.eps is nan"),
         ("train.weight_decay", "2e-4", "YAML reads 2e-4 as text: write 0.0002 or 2.0e-4"),
-        ("train.schedule", "steps", "train.schedule is 'steps'; allowed: step, constant, cosine. Did you mean 'step'?"),
+        (
+            "train.schedule",
+            "steps",
+            "train.schedule is 'steps'; allowed: step, constant, cosine, one_cycle. Did you mean 'step'?",
+        ),
         ("prepare.source", "cifar", "prepare.source is 'cifar'; allowed: digits, image_folder, cifar10, cifar100"),
         ("train.architecture.name", "wide_resnt", "Did you mean 'wide_resnet'?"),
         ("train.architecture.depth", 33, "train.architecture.depth is 33; allowed are 10, 16, 22, 28, 34"),
         ("train.architecture.widen", 2, "train.architecture.widen is not a known key. Did you mean 'widen_factor'?"),
-        ("train.architecture", {"depth": 10}, "train.architecture.name is missing; allowed: wide_resnet"),
-        ("train", None, "train is None; it must be a section with the keys architecture"),
+        ("train.method.beta", 6.0, "train.method.beta is not a known key. Known here: name, clean_weight"),
+        (
+            "train.method",
+            {"name": "lbgt", "beta": 6.0},
+            "allowed: d2r, lbgat, trades, at, standard. Did you mean 'lbgat'?",
+        ),
+        (
+            "train.architecture",
+            {"depth": 10},
+            "train.architecture.name is missing; it says which of wide_resnet, preact_resnet18, resnet18",
+        ),
+        ("train", None, "train is None; it must be a section of keys"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_what_is_allowed(

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +16,15 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 from mlflow.entities import Run, ViewType
 
+from d2r_core import runtime
 from d2r_core.errors import UserError
 from tasks import lineage, tracking
 from tasks import settings as settings_file
 from tasks.paths import Paths
+from tasks.progress import Progress
 from tasks.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +71,15 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_tracking(uri: str, experiment: str = "tests") -> Settings:
     settings = settings_file.load(ROOT / "params.yaml")
     return settings.model_copy(update={"tracking": settings_file.Tracking(uri=uri, experiment=experiment)})
+
+
+def points(paths: Paths) -> Path:
+    return paths.state / "points.jsonl"
+
+
+def history(run_id: str, name: str) -> list[tuple[int, float]]:
+    logged = mlflow.MlflowClient().get_metric_history(run_id, name)
+    return [(metric.step, metric.value) for metric in logged]
 
 
 def runs(experiment: str = "tests") -> list[Run]:
@@ -128,9 +142,12 @@ def test_second_project_does_not_inherit_the_first_ones_database(paths: Paths, d
 
 def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> None:
     settings = with_tracking(f"sqlite:///{database}", "holds")
-    with tracking.training_run(settings, paths, "train") as training:
-        training.log({"loss": 2.5, "clean_accuracy": 0.25}, 1)
-        training.log({"loss": 1.5, "clean_accuracy": 0.5}, 2)
+    progress = Progress("train", 2, points(paths), show=False)
+    with tracking.training_run(settings, paths, "train", progress.path) as training:
+        progress.log_step({"loss": 3.0}, 1, 2, 5)
+        progress.log({"loss": 2.5, "clean_accuracy": 0.25}, 1)
+        progress.log_step({"loss": 2.0}, 2, 1, 5)
+        progress.log({"loss": 1.5, "clean_accuracy": 0.5}, 2)
 
     (run,) = runs("holds")
     assert run.info.run_id == training.id
@@ -147,16 +164,21 @@ def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> No
     }
     assert run.data.tags.items() >= expected.items()
     assert run.data.tags["d2r_version"]
-    history = mlflow.MlflowClient().get_metric_history(training.id, "loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 2.5), (2, 1.5)]
+    assert history(training.id, "loss") == [(1, 2.5), (2, 1.5)]
+    assert history(training.id, "clean_accuracy") == [(1, 0.25), (2, 0.5)]
+    assert history(training.id, "step/loss") == [(2, 3.0), (6, 2.0)]
+    assert run.data.metrics.keys() == {"loss", "clean_accuracy", "step/loss"}  # on a CPU nothing of the machine
+    rows = [json.loads(line) for line in progress.path.read_text().splitlines()]
+    logged = mlflow.MlflowClient().get_metric_history(training.id, "loss")
+    assert [metric.timestamp for metric in logged] == [int(row["time"] * 1000) for row in rows if "step" not in row]
 
     assert run.inputs is not None
-    (logged,) = run.inputs.dataset_inputs
-    assert [(tag.key, tag.value) for tag in logged.tags] == [("mlflow.data.context", "training")]
-    assert logged.dataset.name == "digits"
-    assert logged.dataset.digest == MANIFEST["hash"][:36]
-    assert json.loads(logged.dataset.profile or "")["splits"] == MANIFEST["splits"]
-    assert mlflow.data.get_source(logged.dataset).to_dict() == {"uri": str(paths.prepared)}
+    (given,) = run.inputs.dataset_inputs
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+    assert given.dataset.name == "digits"
+    assert given.dataset.digest == MANIFEST["hash"][:36]
+    assert json.loads(given.dataset.profile or "")["splits"] == MANIFEST["splits"]
+    assert mlflow.data.get_source(given.dataset).to_dict() == {"uri": str(paths.prepared)}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +187,7 @@ def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> No
 )
 def test_run_ends_as_the_training_did(paths: Paths, database: Path, error: BaseException, status: str) -> None:
     settings = with_tracking(f"sqlite:///{database}", status + type(error).__name__)
-    with pytest.raises(type(error)) as caught, tracking.training_run(settings, paths, "pretrain"):
+    with pytest.raises(type(error)) as caught, tracking.training_run(settings, paths, "pretrain", points(paths)):
         raise error
     assert caught.value is error
     (run,) = runs(settings.tracking.experiment)
@@ -174,27 +196,110 @@ def test_run_ends_as_the_training_did(paths: Paths, database: Path, error: BaseE
 
 
 def test_training_outlives_a_database_that_fails(
-    paths: Paths, database: Path, caplog: pytest.LogCaptureFixture
+    paths: Paths, database: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
     shutil.copy(database, paths.root / "gone.db")
-    settings = with_tracking("sqlite:///gone.db")
+    progress = Progress("train", 7, points(paths), show=False)
     with (
-        caplog.at_level(logging.WARNING, "tasks.tracking"),
-        tracking.training_run(settings, paths, "train") as training,
+        caplog.at_level(logging.WARNING, "tasks"),
+        tracking.training_run(with_tracking("sqlite:///gone.db"), paths, "train", progress.path),
     ):
         (paths.root / "gone.db").write_bytes(b"")  # every table is gone
-        training.log({"loss": 1.0}, 7)
-    messages = [record.getMessage() for record in caplog.records if record.name == "tasks.tracking"]
-    assert messages[0].startswith("MLflow did not take the metrics of step 7: ")
-    assert messages[1].startswith("MLflow could not end the run as FINISHED: ")
+        progress.log({"loss": 1.0}, 7)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("tasks.")]
+    assert len(messages) == 3
+    assert messages[0].startswith("MLflow does not take points at present (")
+    assert (
+        messages[1] == "MLflow does not have 1 points of this training yet; they are sent when the model is registered."
+    )
+    assert messages[2].startswith("MLflow could not end the run as FINISHED: ")
+
+
+def test_training_that_was_killed_continues_its_run(paths: Paths, database: Path) -> None:
+    settings = with_tracking(f"sqlite:///{database}", "continues")
+    program = (
+        "import os, signal, time\n"
+        "from pathlib import Path\n"
+        "from tasks import settings, shipping, tracking\n"
+        "from tasks.paths import Paths\n"
+        "from tasks.progress import Progress\n"
+        f"loaded = settings.Settings.model_validate_json({settings.model_dump_json(by_alias=True)!r})\n"
+        f"progress = Progress('train', 2, Path({str(points(paths))!r}), show=False)\n"
+        "with tracking.training_run(loaded, Paths(), 'train', progress.path):\n"
+        "    progress.log_step({'loss': 4.0}, 1, 1, 2)\n"
+        "    progress.log({'loss': 3.0}, 1)\n"
+        "    while shipping.read_note(progress.path).offset < progress.path.stat().st_size:\n"
+        "        time.sleep(0.05)\n"
+        "    progress.log_step({'loss': 2.0}, 2, 1, 2)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", program], cwd=paths.root, env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    tracking.configure(settings, paths)
+    (run,) = runs("continues")
+    assert run.info.status == "RUNNING"
+    assert [history(run.info.run_id, name) for name in ("loss", "step/loss")] == [[(1, 3.0)], [(1, 4.0)]]
+
+    # It continues from the end of epoch 1, and repeats what it had not saved.
+    progress = Progress("train", 2, points(paths), show=False)
+    with tracking.training_run(settings, paths, "train", progress.path) as training:
+        progress.log({"loss": 3.0}, 1)
+        progress.log_step({"loss": 2.0}, 2, 1, 2)
+        progress.log({"loss": 1.0}, 2)
+    (continued,) = runs("continues")
+    assert training.id == continued.info.run_id == run.info.run_id
+    assert continued.info.status == "FINISHED"
+    assert history(training.id, "loss") == [(1, 3.0), (2, 1.0)]
+    assert history(training.id, "step/loss") == [(1, 4.0), (3, 2.0)]
+
+
+def test_continued_training_whose_run_was_deleted_gets_a_new_one(paths: Paths, database: Path) -> None:
+    settings = with_tracking(f"sqlite:///{database}", "deleted run")
+    progress = Progress("train", 2, points(paths), show=False)
+    with tracking.training_run(settings, paths, "train", progress.path) as first:
+        progress.log({"loss": 3.0}, 1)
+    mlflow.MlflowClient().delete_run(first.id)
+    with tracking.training_run(settings, paths, "train", progress.path) as second:
+        progress.log({"loss": 1.0}, 2)
+    assert second.id != first.id
+    assert history(second.id, "loss") == [(1, 3.0), (2, 1.0)]
+
+
+def test_gpu_is_watched(paths: Paths, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    monkeypatch.setattr(runtime, "device", lambda name: torch.device("cuda"))
+    progress = Progress("train", 2, points(paths), show=False)
+    settings = with_tracking(f"sqlite:///{database}", "watched")
+    epoch = 0
+    for _ in range(2):  # continued, it goes on where it was
+        with tracking.training_run(settings, paths, "train", progress.path) as training:
+            before = history(training.id, "system/system_memory_usage_percentage")
+            deadline = time.monotonic() + 20
+            while history(training.id, "system/system_memory_usage_percentage") == before:
+                assert time.monotonic() < deadline
+                epoch += 1
+                progress.log({"loss": 1.0}, epoch)
+                time.sleep(0.2)
+    steps = [step for step, _ in history(training.id, "system/system_memory_usage_percentage")]
+    assert steps == list(range(len(steps)))
+    assert not any(thread.name == "SystemMetricsMonitor" for thread in threading.enumerate())
+
+
+def test_other_ranks_track_nothing() -> None:
+    with tracking.silent() as training:
+        assert training.id == ""
 
 
 def test_absent_server_is_one_message_within_seconds(paths: Paths) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     started = time.monotonic()
     with (
-        pytest.raises(tracking.UnavailableError, match=rf"^MLflow at {uri} does not answer \(.*refused\)\. Start it"),
-        tracking.training_run(with_tracking(uri), paths, "train"),
+        pytest.raises(
+            tracking.UnavailableError, match=rf"^MLflow at {uri} does not answer \(.*refused\)\. .*when it begins or"
+        ),
+        tracking.training_run(with_tracking(uri), paths, "train", points(paths)),
     ):
         pytest.fail("the training must not begin")
     assert time.monotonic() - started < 30
