@@ -16,12 +16,22 @@ class Paths:
 
     @property
     def prepared(self) -> Path:
-        """Folder of `train.safetensors`, `validation.safetensors`, `test.safetensors` and `manifest.json`."""
+        """Folder of `train.safetensors`, `validation.safetensors`, `test.safetensors` and what describes them."""
         return self.root / "data/prepared"
 
     @property
     def manifest(self) -> Path:
         return self.prepared / "manifest.json"
+
+    @property
+    def names(self) -> Path:
+        """Where each prepared image came from: split -> one name for each image, in order."""
+        return self.prepared / "names.json"
+
+    @property
+    def quarantine(self) -> Path:
+        """The images that were set aside, each with name, split, class and reason; an empty list if there are none."""
+        return self.prepared / "quarantine.json"
 
     @property
     def guidance(self) -> Path:
