@@ -66,11 +66,13 @@ class Section(BaseModel):
 class Prepare(Section):
     """Where the images come from and the shape they are brought to."""
 
-    source: Literal["digits", "image_folder", "cifar10", "cifar100"]
-    path: Text  # image_folder: folder or zip; CIFAR: where the archive lies or is downloaded to; digits: unused
+    source: Literal["digits", "image_folder", "cifar10", "cifar100", "tiny_imagenet"]
+    path: Text  # image_folder, tiny_imagenet: folder or zip; CIFAR: the archive, or its folder; digits: unused
     image_size: Annotated[int, Field(ge=8, le=512)]  # pixels, both sides
     on_mismatch: Literal["convert", "refuse"]  # what to do with a grey or odd-sized image
+    on_bad_image: Literal["refuse", "quarantine"]  # stop at an image that cannot be used, or set it aside
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class's training images
+    test_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class, where the source has no test split
     train_per_class: Count | None  # keep at most so many images of a class (after the split); null: all
     test_per_class: Count | None
 
