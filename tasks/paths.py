@@ -34,6 +34,11 @@ class Paths:
         return self.prepared / "quarantine.json"
 
     @property
+    def baseline(self) -> Path:
+        """What the last accepted data looked like, for the next ones to be compared with; no out, so it stays."""
+        return self.root / "data/baseline.json"
+
+    @property
     def guidance(self) -> Path:
         return self.root / "models/guidance.safetensors"
 
@@ -54,6 +59,11 @@ class Paths:
     def accepted(self) -> Path:
         """Says which data passed the validation; training depends on it, not on the limits or on how it looks."""
         return self.validation / "accepted.json"
+
+    @property
+    def data_page(self) -> Path:
+        """The prepared data for people: samples, shares, and what the validation found."""
+        return self.reports / "data.html"
 
     @property
     def pretrain_history(self) -> Path:

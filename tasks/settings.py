@@ -78,11 +78,17 @@ class Prepare(Section):
 
 
 class Validate(Section):
-    """What the prepared data must satisfy."""
+    """What the prepared data must satisfy. What exceeds a limit is an error or a warning (tasks/suite.py)."""
 
+    stop_on: Literal["error", "warning"]  # how severe a finding must be to stop the chain
     min_images_per_class: Count  # in every split
     max_imbalance: Annotated[float, Field(ge=1.0)]  # largest class / smallest class of the training split
     max_shared_images: CountOrZero  # images that stand, pixel for pixel, in more than one split
+    max_repeated_images: CountOrZero  # images that stand, pixel for pixel, in their split already; warning
+    max_label_conflicts: CountOrZero  # images whose pixels carry another label elsewhere
+    max_near_duplicates: CountOrZero  # images that look like one of another split; warning
+    max_pixel_drift: NotNegative  # change of a channel's mean or std, in accepted std; warning
+    max_class_drift: Probability  # share of images that would have to change class; warning
 
 
 class WideResNet(Section):
