@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2r_core.errors import UserError
+from flows import data_commands
 
 if TYPE_CHECKING:
     from flows.standing import Standing
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_commands.app, name="data")
 
 
 @app.command()

@@ -1,17 +1,15 @@
-"""What prepared data must satisfy, as a Great Expectations suite in code."""
+"""Runs expectations on tables through Great Expectations and says what became of each."""
 
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pandas as pd
-
-from tasks.settings import Validate
 
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationValidationResult
@@ -22,6 +20,9 @@ _RUN_TIME = datetime(1970, 1, 1, tzinfo=UTC)  # of the Data Docs; see _settle
 _TIME = re.compile(r"\d{8}T\d{6}\.\d{6}Z")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHOWN = 10  # offenders that a finding names
+_SEVERITIES = {"error": "critical", "warning": "warning"}  # in the words of Great Expectations
+
+Severity = Literal["error", "warning"]  # whether it stops the chain or is shown (validate.stop_on)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ class Check:
     what: str
     allowed: str
     expectation: "Expectation"
+    why: str  # what goes wrong otherwise
+    severity: Severity = "error"
+
+
+class Offender(NamedTuple):
+    """A row that failed: its name, and the values that were looked at."""
+
+    name: str
+    values: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(f'{key} {value}' for key, value in self.values.items())})"
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,9 @@ class Finding:
     observed: str
     allowed: str
     ok: bool
-    offenders: list[str]  # the first few
+    severity: Severity
+    why: str
+    offenders: list[Offender]  # the first few
     more: int  # offenders that are not listed
 
 
@@ -50,10 +65,12 @@ def examine(
 ) -> list[Finding]:
     """Run the checks of each table and write the Data Docs into the folder `docs`.
 
-    The first column of a table names its rows. An expectation that could not be computed is a finding that is not ok.
+    The first column of a table names its rows. An expectation that could not be computed, or that had nothing to look
+    at, is an error.
     """
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
+    from great_expectations.expectations.metadata_types import FailureSeverity
 
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
@@ -70,6 +87,7 @@ def examine(
     for name, table in tables.items():
         for check in checks[name]:
             check.expectation.description = f"{check.what}: {check.allowed}"
+            check.expectation.severity = FailureSeverity(_SEVERITIES[check.severity])
         suite = context.suites.add(gx.ExpectationSuite(name, expectations=[c.expectation for c in checks[name]]))
         data = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
         validation = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=data, suite=suite))
@@ -92,23 +110,28 @@ def examine(
 
 
 def _finding(check: Check, found: "ExpectationValidationResult", table: pd.DataFrame) -> Finding:
+    def finding(
+        observed: str, ok: bool, severity: Severity, offenders: Sequence[Offender] = (), more: int = 0
+    ) -> Finding:
+        return Finding(check.what, observed, check.allowed, ok, severity, check.why, list(offenders), more)
+
     result = found.result
     errors = _errors(found.exception_info or {})
     if errors:
-        return Finding(check.what, f"error: {'; '.join(errors)}", check.allowed, False, [], 0)
+        return finding(f"error: {'; '.join(errors)}", False, "error")
     if "observed_value" in result:
-        return Finding(check.what, str(result["observed_value"]), check.allowed, bool(found.success), [], 0)
+        return finding(str(result["observed_value"]), bool(found.success), check.severity)
     count = result["unexpected_count"]
     rows = result["element_count"] - result.get("missing_count", 0)
+    if not rows:  # an expectation holds where there is nothing to look at
+        return finding("nothing to look at", False, "error")
     observed = f"{count} of {rows} fail" if count else f"all {rows} pass"
-    offenders = [_offender(row, table.columns[0]) for row in result["unexpected_index_list"][:_SHOWN]]
-    ok = bool(found.success) and rows > 0  # an expectation holds where there is nothing to look at
-    return Finding(check.what, observed, check.allowed, ok, offenders, count - len(offenders))
-
-
-def _offender(row: Mapping[str, Any], key: str) -> str:
-    """A row that failed: its name, and the values that were looked at."""
-    return f"{row[key]} ({', '.join(f'{name} {value}' for name, value in row.items() if name != key)})"
+    key = table.columns[0]
+    offenders = [
+        Offender(str(row[key]), {name: value for name, value in row.items() if name != key})
+        for row in result["unexpected_index_list"][:_SHOWN]
+    ]
+    return finding(observed, bool(found.success), check.severity, offenders, count - len(offenders))
 
 
 def _errors(info: Mapping[str, Any]) -> list[str]:
@@ -124,80 +147,3 @@ def _settle(docs: Path) -> None:
         for number, found in enumerate(dict.fromkeys(_UUID.findall(text))):
             text = text.replace(found, str(uuid.UUID(int=number)))
         page.write_text(text, encoding="utf-8")
-
-
-def checks(manifest: Mapping[str, Any], limits: Validate) -> dict[str, list[Check]]:
-    """The checks by the table they stand on (see tasks/image_table.py)."""
-    from great_expectations import expectations as expect
-
-    count = sum(split["images"] for split in manifest["splits"].values())
-    size, channels, classes = manifest["image_size"], manifest["channels"], len(manifest["classes"])
-
-    def all_equal(column: str, value: int) -> Check:
-        expectation = expect.ExpectColumnValuesToBeInSet(column=column, value_set=[value])
-        return Check(f"{column} as in the manifest", str(value), expectation)
-
-    return {
-        "images": [
-            Check(
-                "as many images as in the manifest",
-                str(count),
-                expect.ExpectTableRowCountToEqual(value=count),
-            ),
-            Check(
-                "known labels",
-                f"0 to {classes - 1}",
-                expect.ExpectColumnValuesToBeInSet(column="label", value_set=list(range(classes))),
-            ),
-            all_equal("height", size),
-            all_equal("width", size),
-            all_equal("channels", channels),
-            Check(
-                # Images in 0 .. 1 that were stored as whole numbers are all but black.
-                "pixels in the range 0 to 255",
-                "the largest is 2 to 255",
-                expect.ExpectColumnMaxToBeBetween(column="maximum", min_value=2, max_value=255),
-            ),
-            Check(
-                "no image of one colour",
-                "standard deviation of the pixels above 0",
-                expect.ExpectColumnValuesToBeBetween(column="std", min_value=0, strict_min=True),
-            ),
-            Check(
-                "no image in more than one split",
-                f"at most {limits.max_shared_images}",
-                expect.ExpectColumnValuesToBeNull(
-                    column="shared_with", mostly=max(0, count - limits.max_shared_images) / max(1, count)
-                ),
-            ),
-        ],
-        "classes": [
-            Check(
-                "every class in every split",
-                "at least 1 image",
-                expect.ExpectColumnValuesToBeBetween(column="images", min_value=1),
-            ),
-            Check(
-                "enough images of each class in every split",
-                f"at least {limits.min_images_per_class} images",
-                expect.ExpectColumnValuesToBeBetween(column="images", min_value=limits.min_images_per_class),
-            ),
-            Check(
-                "balanced training images",
-                f"the largest class has at most {limits.max_imbalance:g} times the images of any",
-                expect.ExpectColumnValuesToBeBetween(column="imbalance", max_value=limits.max_imbalance),
-            ),
-            Check(
-                "images of each class as in the manifest",
-                "equal",
-                expect.ExpectColumnPairValuesToBeEqual(column_A="images", column_B="manifest_images"),
-            ),
-        ],
-        "dataset": [
-            Check(
-                "content as in the manifest",
-                "equal hashes",
-                expect.ExpectColumnPairValuesToBeEqual(column_A="hash", column_B="manifest_hash"),
-            ),
-        ],
-    }

@@ -16,12 +16,27 @@ class Paths:
 
     @property
     def prepared(self) -> Path:
-        """Folder of `train.safetensors`, `validation.safetensors`, `test.safetensors` and `manifest.json`."""
+        """Folder of `train.safetensors`, `validation.safetensors`, `test.safetensors` and what describes them."""
         return self.root / "data/prepared"
 
     @property
     def manifest(self) -> Path:
         return self.prepared / "manifest.json"
+
+    @property
+    def names(self) -> Path:
+        """Where each prepared image came from: split -> one name for each image, in order."""
+        return self.prepared / "names.json"
+
+    @property
+    def quarantine(self) -> Path:
+        """The images that were set aside, each with name, split, class and reason; an empty list if there are none."""
+        return self.prepared / "quarantine.json"
+
+    @property
+    def baseline(self) -> Path:
+        """What the last accepted data looked like, for the next ones to be compared with; no out, so it stays."""
+        return self.root / "data/baseline.json"
 
     @property
     def guidance(self) -> Path:
@@ -44,6 +59,11 @@ class Paths:
     def accepted(self) -> Path:
         """Says which data passed the validation; training depends on it, not on the limits or on how it looks."""
         return self.validation / "accepted.json"
+
+    @property
+    def data_page(self) -> Path:
+        """The prepared data for people: samples, shares, and what the validation found."""
+        return self.reports / "data.html"
 
     @property
     def pretrain_history(self) -> Path:

@@ -56,9 +56,7 @@ def status(paths: Paths) -> dict[str, Any]:
         BusyError: a stage is running.
         UserError: DVC cannot tell; the message is its own.
     """
-    code, said = _dvc(["status", "--json"], paths)
-    if code:
-        raise _error(said)
+    said = ask(["status", "--json"], paths)
     answer: dict[str, Any] = json.loads(next(line for line in reversed(said) if line.startswith("{")))
     return answer
 
@@ -72,10 +70,15 @@ def recorded(paths: Paths) -> set[str]:
 
 def cache(paths: Paths) -> str:
     """The folder where DVC keeps the contents of all outs."""
-    code, said = _dvc(["cache", "dir"], paths)
+    return ask(["cache", "dir"], paths)[-1]
+
+
+def ask(arguments: list[str], paths: Paths) -> list[str]:
+    """Run `dvc ARGUMENTS` in the project and return the lines it wrote. Raises UserError with DVC's own words."""
+    code, said = _dvc(arguments, paths)
     if code:
         raise _error(said)
-    return said[-1]
+    return said
 
 
 def reproduce(stage: str, paths: Paths, log: Callable[[str], None]) -> Outcome:
@@ -148,9 +151,33 @@ def _check_inputs(stage: str, stages: dict[str, dict[str, Any]], settings: Setti
             raise UserError(
                 f"stage {stage!r} needs {path}, which stage {maker!r} makes: run `d2r stage {maker}` first."
             )
+        if record := _record(path, paths):
+            _pull(record, path, paths)
+            continue
         key = re.search(r"\$\{(.+?)\}", dep)
         where = f"params.yaml: {key[1]} is {path!r}" if key else f"stage {stage!r} needs {path}"
         raise UserError(f"{where}, which does not exist.")
+
+
+def _record(path: str, paths: Paths) -> str | None:
+    """The `.dvc` file that keeps `path`, or a folder above it, under DVC; None if there is none."""
+    places = [PurePosixPath(path), *PurePosixPath(path).parents]
+    return next((f"{place}.dvc" for place in places if place.name and (paths.root / f"{place}.dvc").is_file()), None)
+
+
+def _pull(record: str, path: str, paths: Paths) -> None:
+    """Fetch data that is under DVC and not here, from the cache or the remote."""
+    try:
+        ask(["pull", record], paths)
+    except BusyError:
+        raise
+    except UserError as error:
+        said = str(error).partition("\n")[0]
+        more = "" if "Checkout failed" in said else f" DVC says: {said}"
+        raise UserError(
+            f"{path}: is under DVC ({record}), and neither the cache here nor the remote has its content. Run "
+            f"`dvc push` where the data is, or name its remote (`dvc remote add -d`).{more}"
+        ) from None
 
 
 def _restore(stage: str, paths: Paths) -> str:

@@ -65,21 +65,29 @@ class Section(BaseModel):
 class Prepare(Section):
     """Where the images come from and the shape they are brought to."""
 
-    source: Literal["digits", "image_folder", "cifar10", "cifar100"]
-    path: Text  # image_folder: folder or zip; CIFAR: where the archive lies or is downloaded to; digits: unused
+    source: Literal["digits", "image_folder", "cifar10", "cifar100", "tiny_imagenet"]
+    path: Text  # image_folder, tiny_imagenet: folder or zip; CIFAR: the archive, or its folder; digits: unused
     image_size: Annotated[int, Field(ge=8, le=512)]  # pixels, both sides
     on_mismatch: Literal["convert", "refuse"]  # what to do with a grey or odd-sized image
+    on_bad_image: Literal["refuse", "quarantine"]  # stop at an image that cannot be used, or set it aside
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class's training images
+    test_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class, where the source has no test split
     train_per_class: Count | None  # keep at most so many images of a class (after the split); null: all
     test_per_class: Count | None
 
 
 class Validate(Section):
-    """What the prepared data must satisfy."""
+    """What the prepared data must satisfy. What exceeds a limit is an error or a warning (tasks/suite.py)."""
 
+    stop_on: Literal["error", "warning"]  # how severe a finding must be to stop the chain
     min_images_per_class: Count  # in every split
     max_imbalance: Annotated[float, Field(ge=1.0)]  # largest class / smallest class of the training split
     max_shared_images: CountOrZero  # images that stand, pixel for pixel, in more than one split
+    max_repeated_images: CountOrZero  # images that stand, pixel for pixel, in their split already; warning
+    max_label_conflicts: CountOrZero  # images whose pixels carry another label elsewhere
+    max_near_duplicates: CountOrZero  # images that look like one of another split; warning
+    max_pixel_drift: NotNegative  # change of a channel's mean or std, in accepted std; warning
+    max_class_drift: Probability  # share of images that would have to change class; warning
 
 
 class WideResNet(Section):

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import re
 import tarfile
@@ -20,35 +21,37 @@ from numpy.typing import NDArray
 from photos import SHARED, load, settings, snapshot
 
 from d2r_core.errors import UserError
-from tasks import prepare
+from tasks import cifar, prepare
 from tasks.paths import Paths
 
 
-def published_archive(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.uint8]]:
-    """A tiny archive in the format of CIFAR-10 or -100 that passes for it; returns its images (N, H, W, 3)."""
-    from torchvision import datasets
+def published_archive(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **replaced: Any
+) -> list[NDArray[np.uint8]]:
+    """A tiny archive in the format of CIFAR-10 or -100 that passes for it; returns its images (N, H, W, 3).
 
-    dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    labels, names = ("labels", "label_names") if name == "cifar10" else ("fine_labels", "fine_label_names")
+    Args:
+        replaced: contents of members instead of the usual ones; None leaves the member out.
+    """
+    published = cifar.PUBLISHED[name]._replace(train=("batches/train",), test=("batches/test",), meta="batches/meta")
     pictures = [np.random.default_rng(i).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8) for i in range(2)]
-    meta = dataset.meta["filename"]
     contents: dict[str, Any] = {
-        "train_part": {"data": pictures[0].reshape(8, 3072), labels: [0, 1] * 4},
-        "test_part": {"data": pictures[1].reshape(8, 3072), labels: [1, 0] * 4},
-        meta: {names: ["apple", "bear"]},
-    }
-    files = {file: pickle.dumps(content) for file, content in contents.items()}
+        "train": {"data": pictures[0].reshape(8, 3072), published.labels: [0, 1] * 4},
+        "test": {"data": pictures[1].reshape(8, 3072), published.labels: [1, 0] * 4},
+        "meta": {published.classes: ["apple", "bear"]},
+        "readme.html": "not read",
+    } | replaced
     folder.mkdir(parents=True)
-    with tarfile.open(folder / dataset.filename, "w:gz") as archive:
-        for file, content in files.items():
-            info = tarfile.TarInfo(f"{dataset.base_folder}/{file}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    md5 = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
-    monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5((folder / dataset.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(dataset, "train_list", [["train_part", md5["train_part"]]])
-    monkeypatch.setattr(dataset, "test_list", [["test_part", md5["test_part"]]])
-    monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": md5[meta]})
+    archive = folder / Path(published.url).name
+    with tarfile.open(archive, "w:gz") as target:
+        for member, content in contents.items():
+            if content is not None:
+                pickled = pickle.dumps(content, protocol=3)
+                info = tarfile.TarInfo(f"batches/{member}")
+                info.size = len(pickled)
+                target.addfile(info, io.BytesIO(pickled))
+    published = published._replace(md5=hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setitem(cifar.PUBLISHED, name, published)
     return [picture.transpose(0, 2, 3, 1) for picture in pictures]
 
 
@@ -65,6 +68,9 @@ def test_cifar_from_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert np.array_equal(test.images.permute(0, 2, 3, 1).numpy(), pictures[1])
     assert test.labels.tolist() == [1, 0] * 4
     assert snapshot(tmp_path / "raw") == before
+    archive = next((tmp_path / "raw").iterdir())
+    again = prepare.run(settings(source=name, path=f"raw/{archive.name}", image_size=32), Paths(tmp_path))
+    assert again["hash"] == manifest["hash"]
 
 
 def test_cifar_is_downloaded_if_it_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +81,8 @@ def test_cifar_is_downloaded_if_it_is_not_there(tmp_path: Path, monkeypatch: pyt
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever).start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+        monkeypatch.setitem(cifar.PUBLISHED, "cifar10", cifar.PUBLISHED["cifar10"]._replace(url=url))
         try:
             prepare.run(settings(source="cifar10", path="raw", image_size=32), Paths(tmp_path))
         finally:
@@ -103,20 +110,70 @@ def test_an_unreachable_download_says_where_the_archive_goes(
     assert snapshot(tmp_path) == {"raw": b""}
 
 
-def test_a_damaged_cifar_archive_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published_archive("cifar10", tmp_path / "raw", monkeypatch)
-    monkeypatch.undo()  # of the checksums: now the archive is not the published one
+class Evil:
+    """Runs a command when it is read by a pickle that may do everything."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_an_archive_with_another_checksum_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "mark"
+    published_archive("cifar10", tmp_path / "raw", monkeypatch, train=Evil(mark))
+    monkeypatch.undo()  # of the checksum: now the archive is not the published one
     before = snapshot(tmp_path)
     with pytest.raises(
-        UserError, match=r"raw/cifar-10-python\.tar\.gz: is not the published archive \(its MD5 is not c58f"
+        UserError, match=r"raw/cifar-10-python\.tar\.gz: is not the published archive \(its MD5 is \w+, not c58f"
     ):
         prepare.run(settings(source="cifar10", path="raw"), Paths(tmp_path))
     assert snapshot(tmp_path) == before
 
 
-def test_cifar_needs_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"raw: is not a folder\. Make it, or let prepare\.path"):
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "code": ({"train": Evil(Path("mark"))}, r"a pickle asks for (posix|nt)\.mkdir, which no image needs"),
+    "missing_member": ({"test": None}, r"'batches/test'"),
+    "missing_key": ({"train": {"data": np.zeros((2, 3072), np.uint8)}}, r"'labels'"),
+    "floats": ({"train": {"data": np.zeros((2, 3072)), "labels": [0, 1]}}, r"batches/train holds float64 images or"),
+    "unknown_label": (
+        {"test": {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 2]}},
+        r"batches/test holds uint8 images or labels beyond 0 to 1",
+    ),
+    "fewer_labels": ({"test": {"data": np.zeros((2, 3072), np.uint8), "labels": [0]}}, r"cannot reshape"),
+    "no_mapping": ({"train": [1, 2]}, r"list indices"),
+}
+
+
+@pytest.mark.parametrize(("replaced", "message"), WRONG.values(), ids=WRONG.keys())
+def test_even_with_the_right_checksum_an_archive_can_hold_images_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    published_archive("cifar10", tmp_path / "raw", monkeypatch, **replaced)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=rf"cifar-10-python\.tar\.gz: is not in the format of cifar10 \(.*{message}"):
         prepare.run(settings(source="cifar10", path="raw"), Paths(tmp_path))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_truncated_archive_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published_archive("cifar10", tmp_path / "raw", monkeypatch)
+    archive = next((tmp_path / "raw").iterdir())
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    whole = cifar.PUBLISHED["cifar10"]
+    with pytest.raises(UserError, match=r"is not the published archive"):
+        prepare.run(settings(source="cifar10", path="raw"), Paths(tmp_path))
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", whole._replace(md5=md5))
+    with pytest.raises(UserError, match=r"is not in the format of cifar10 \(.*end.*\)\. Put a copy of https"):
+        prepare.run(settings(source="cifar10", path="raw"), Paths(tmp_path))
+
+
+def test_cifar_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"raw/cifar: does not exist\. Make the folder, or let prepare\.path"):
+        prepare.run(settings(source="cifar10", path="raw/cifar"), Paths(tmp_path))
     assert snapshot(tmp_path) == {}
 
 

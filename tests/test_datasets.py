@@ -1,0 +1,211 @@
+"""`d2r data`: a user's own data as versions under DVC, and what a run says when their content is missing."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import yaml
+from conftest import copy_project
+from photos import make_folder, photo
+
+from d2r_core.errors import UserError
+from tasks import datasets, repro
+from tasks.paths import Paths
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A fresh checkout under git whose params.yaml names the data set pets, which is not there yet."""
+    root = tmp_path / "project"
+    root.mkdir()
+    copy_project(root)
+    values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    values["prepare"].update(source="image_folder", path="data/raw/pets")
+    (root / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    git(root, "init", "--quiet")
+    commit(root)
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_folder(tmp_path)
+
+
+def git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def commit(root: Path) -> None:
+    git(root, "add", "--all")
+    git(root, "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "--message", "a version")
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def d2r(root: Path, *arguments: str, code: int = 0) -> str:
+    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_life_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> None:
+    said = d2r(project, "data", "add", str(photos), "--name", "pets")
+    assert "prepare.path: data/raw/pets" in said
+    assert [path.name for path in (project / "data/raw/pets").iterdir()] == ["pets.zip"]
+    assert git(project, "status", "--porcelain").split() == ["??", "data/raw/.gitignore", "??", "data/raw/pets.dvc"]
+    first = (project / "data/raw/pets/pets.zip").read_bytes()
+    assert "used by params.yaml" in d2r(project, "data", "list")
+    commit(project)
+    assert "stage prepare: ran" in d2r(project, "stage", "prepare")
+    assert "prepare" not in repro.status(Paths(project)), "nothing new"
+
+    # The same files again, whatever their times, are the same version.
+    for file in photos.rglob("*.png"):
+        file.touch()
+    assert "holds this content already" in d2r(project, "data", "add", str(photos), "--name", "pets")
+
+    photo(77).save(photos / "train/cat/77.png")
+    (photos / "train/dog/00.png").unlink()
+    (photos / "train/cat/01.png").rename(photos / "train/dog/was_a_cat.png")
+    assert "`--force` makes this its new version" in d2r(project, "data", "add", str(photos), "--name", "pets", code=1)
+    assert (project / "data/raw/pets/pets.zip").read_bytes() == first
+    d2r(project, "data", "add", str(photos), "--name", "pets", "--force")
+    assert "data/raw/pets" in str(repro.status(Paths(project))["prepare"]), "a scheduled run sees new data"
+    assert d2r(project, "data", "diff", "pets@HEAD", "pets").splitlines() == [
+        "added: 1",
+        "  train/cat/77.png",
+        "removed: 1",
+        "  train/dog/00.png",
+        "relabelled: 1",
+        "  train/cat/01.png -> train/dog/was_a_cat.png",
+        "same: 16",
+    ]
+    assert d2r(project, "data", "diff", "pets", str(photos)).endswith("same: 18\n")
+
+    # Pushed, gone here, and fetched by the stage that needs it; then gone everywhere.
+    dvc(project, "remote", "add", "--default", "local", str(tmp_path / "remote"))
+    dvc(project, "push")
+    second = (project / "data/raw/pets/pets.zip").read_bytes()
+    for gone in (project / "data/raw/pets", project / ".dvc/cache"):
+        shutil.rmtree(gone)
+    assert "not here (dvc pull)" in d2r(project, "data", "list")
+    d2r(project, "stage", "prepare")
+    assert (project / "data/raw/pets/pets.zip").read_bytes() == second
+    for gone in (project / "data/raw/pets", project / ".dvc/cache", tmp_path / "remote/files"):
+        shutil.rmtree(gone)
+    said = d2r(project, "stage", "prepare", code=1)
+    assert said == (
+        "error: data/raw/pets: is under DVC (data/raw/pets.dvc), and neither the cache here nor the remote has its "
+        "content. Run `dvc push` where the data is, or name its remote (`dvc remote add -d`).\n"
+    )
+
+
+def test_a_folder_is_packed_to_the_same_bytes_and_without_what_systems_leave(photos: Path, tmp_path: Path) -> None:
+    (photos / ".DS_Store").write_text("left by a system")
+    packed = []
+    for number in range(2):
+        new = tmp_path / str(number)
+        new.mkdir()
+        datasets._pack(photos, new, "pets")
+        packed.append((new / "pets.zip").read_bytes())
+        for file in photos.rglob("*.png"):
+            file.chmod(0o600)
+            file.touch()
+    assert packed[0] == packed[1]
+    with ZipFile(tmp_path / "0/pets.zip") as archive:
+        assert archive.namelist() == sorted(file.relative_to(photos).as_posix() for file in photos.rglob("*.png"))
+
+
+def test_an_archive_stays_as_it_is_and_a_set_in_parts_too(photos: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for split in ("train", "test"):
+        shutil.make_archive(str(parts / split), "zip", photos, split)
+    single, both = tmp_path / "single", tmp_path / "both"
+    single.mkdir()
+    both.mkdir()
+    datasets._pack(parts / "train.zip", single, "pets")
+    datasets._pack(parts, both, "pets")
+    assert (single / "train.zip").read_bytes() == (parts / "train.zip").read_bytes()
+    assert sorted(path.name for path in both.iterdir()) == ["test.zip", "train.zip"]
+    difference = datasets.compare(str(photos), str(both), Paths())
+    assert (difference.same, difference.added, difference.removed) == (18, [], [])
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("missing", "pets", "missing: does not exist"),
+        ("photos", "../pets", "--name '../pets': a name has letters"),
+        ("photos", "", "--name '': a name has letters"),
+        ("empty", "pets", "empty: holds no file"),
+        ("text.txt", "pets", "text.txt: is neither a folder nor an archive"),
+        ("linked", "pets", "is a link"),
+        ("photos", "mine", "exists and is not under DVC"),
+    ],
+)
+def test_what_cannot_be_added_is_one_message_and_leaves_nothing(
+    tmp_path: Path, photos: Path, source: str, name: str, message: str
+) -> None:
+    root = tmp_path / "project"
+    (root / "data/raw/mine").mkdir(parents=True)
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/a.png").symlink_to(photos / "train/cat/00.png")
+    before = sorted(root.rglob("*"))
+    with pytest.raises(UserError, match=message.replace("(", r"\(").replace(".", r"\.")):
+        datasets.add(tmp_path / source, name, Paths(root), force=False)
+    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_if_dvc_fails_everything_is_as_it_was(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    root = tmp_path / "project"
+    (root / "data/raw").mkdir(parents=True)
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    if known:
+        (root / "data/raw/pets").mkdir()
+        (root / "data/raw/pets/pets.zip").write_bytes(b"the old version")
+        (root / "data/raw/pets.dvc").write_text("outs: []\n")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    def fail(arguments: list[str], paths: Paths) -> list[str]:
+        (root / "data/raw/pets.dvc").write_text("half")
+        (root / "data/raw/.gitignore").write_text("half")
+        raise repro.BusyError("another DVC process is at work here")
+
+    monkeypatch.setattr(repro, "ask", fail)
+    with pytest.raises(UserError, match="another DVC process"):
+        datasets.add(photos, "pets", Paths(root), force=True)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_differences_that_cannot_be_told_are_one_message(project: Path, photos: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.zip"
+    broken.write_bytes(b"no archive")
+    for name, message in (
+        ("dogs", "dogs: is no path and no data set here; the data sets are: none"),
+        ("a/b", "a/b: does not exist"),
+        ("pets@HEAD", "pets@HEAD: git has no such version"),
+        (str(broken), "broken.zip"),
+    ):
+        with pytest.raises(UserError, match=message):
+            datasets.compare(name, str(photos), Paths(project))
+
+
+def test_without_any_data_set_the_list_says_how_to_begin(project: Path) -> None:
+    assert "d2r data add PATH --name NAME" in d2r(project, "data", "list")
