@@ -173,7 +173,7 @@ def _gallery(models: Mapping[str, nn.Module], test: Split, settings: Settings) -
         with under_attack(model), torch.no_grad():
             pairs = evaluation.perturb(model, chosen, attack, batch_size=len(chosen), seed=settings.seed)
             ((batch, x_adv),) = pairs
-            tensors[f"{name}_adversarial"] = x_adv.cpu()
+            tensors[f"{name}_adversarial"] = x_adv.cpu().contiguous()
             tensors[f"{name}_clean_prediction"] = model(batch.images).argmax(1).cpu()
             tensors[f"{name}_adversarial_prediction"] = model(x_adv).argmax(1).cpu()
     return tensors
