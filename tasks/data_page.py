@@ -22,7 +22,7 @@ _SAMPLES_OF_A_CLASS = 12
 _LOSSLESS_SIDE = 32  # pixels; a smaller image is shown exactly as it is
 _SIDE = 64  # pixels; a larger one is reduced to this
 _SET_ASIDE = 100  # entries of the quarantine that are listed
-_CHUNK = 1024  # images in floating point at once
+_CHUNK = 256  # images in floating point at once
 _TWINS = ("shared_with", "looks_like", "repeats")  # values that are the name of another image
 
 

@@ -17,7 +17,7 @@ from d2r_core.data import Split
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
 
-_CHUNK = 1024  # images whose squared pixels are in memory at once
+_CHUNK = 256  # images whose squared pixels are in memory at once
 _CHANNELS = ("red", "green", "blue")
 _NAMED = 3  # classes that a row names
 

@@ -19,7 +19,7 @@ MIN_CORRELATION = 0.9  # of the thumbnails: 64 bits are few, and plain images sh
 _SIDE = 32  # of the thumbnail that is hashed
 _FREQUENCIES = 8
 _COMPARED_SIDE = 16  # of the colour thumbnails that are correlated
-_CHUNK = 1024  # images in floating point at once
+_CHUNK = 256  # images in floating point at once
 _BLOCK = 64  # images that are compared with all others at once
 
 Hashes = npt.NDArray[np.uint64]
@@ -30,12 +30,13 @@ def perceptual_hash(images: Tensor) -> Hashes:
     """The 64-bit hash of each image, uint64 (N,), of images uint8 (N, 3, H, W)."""
     frequency = torch.arange(_FREQUENCIES)[:, None]
     basis = torch.cos(math.pi / _SIDE * (torch.arange(_SIDE) + 0.5) * frequency)
-    bits = [np.zeros((0, _FREQUENCIES**2), dtype=bool)]
-    for chunk in images.split(_CHUNK):
+    bits = np.empty((len(images), _FREQUENCIES**2), dtype=bool)
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK]
         grey = F.adaptive_avg_pool2d(chunk.float().mean(1), _SIDE)
         spectrum = (basis @ grey @ basis.T).flatten(1)
-        bits.append((spectrum > spectrum.median(1, keepdim=True).values).numpy())
-    return np.packbits(np.concatenate(bits), axis=1).view(np.uint64)[:, 0]
+        bits[start : start + len(chunk)] = spectrum > spectrum.median(1, keepdim=True).values
+    return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
 def closest(queries: Hashes, references: Hashes) -> tuple[npt.NDArray[np.uint8], Index]:

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from d2r_core.data import Split, content_hash
 from tasks import duplicates
 
-_CHUNK = 1024  # images whose squared pixels are in memory at once
+_CHUNK = 256  # images whose squared pixels are in memory at once
 
 
 def images(splits: Mapping[str, Split], classes: list[str], names: Mapping[str, Sequence[str]]) -> pd.DataFrame:
@@ -68,15 +67,16 @@ def _also_labelled(table: pd.DataFrame, first: pd.DataFrame) -> Any:
 
 def _statistics(pixels: Tensor) -> dict[str, Any]:
     """Of each image. The sums are whole numbers, so that a constant image has a standard deviation of exactly 0."""
-    parts = [_chunk_statistics(chunk) for chunk in pixels.flatten(1).split(_CHUNK)]
-    minimum, maximum, mean, std = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return {"minimum": minimum, "maximum": maximum, "mean": mean, "std": std}
-
-
-def _chunk_statistics(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, total, squares = pixels.shape[1], pixels.sum(1), pixels.int().square_().sum(1)
-    std = (count * squares - total**2).double().sqrt() / count
-    return pixels.amin(1).long(), pixels.amax(1).long(), total.double() / count, std
+    # Filled in place: small results between large temporaries would keep the memory of these from being used again.
+    found = {name: np.empty(len(pixels), dtype=np.int64) for name in ("minimum", "maximum", "total", "squares")}
+    for start in range(0, len(pixels), _CHUNK):
+        chunk = pixels[start : start + _CHUNK].flatten(1)
+        rows = slice(start, start + len(chunk))
+        found["minimum"][rows], found["maximum"][rows] = chunk.amin(1), chunk.amax(1)
+        found["total"][rows], found["squares"][rows] = chunk.sum(1), chunk.int().square_().sum(1)
+    count = pixels[:1].numel()
+    total, squares = found.pop("total"), found.pop("squares")
+    return found | {"mean": total / count, "std": np.sqrt(count * squares - total**2) / count}
 
 
 def classes(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
