@@ -167,7 +167,7 @@ def test_a_failing_stage_leaves_the_last_good_results(project: Project) -> None:
 
 def test_one_training_parameter_reruns_only_what_depends_on_it(project: Project) -> None:
     guidance = (project.root / "models/guidance.json").read_bytes()
-    project.values["train"]["clean_weight"] = 10.0
+    project.values["train"]["method"]["clean_weight"] = 10.0
     project.write()
     output = project.run("dvc", "repro")
     ran = [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
