@@ -108,7 +108,7 @@ def test_a_mistyped_parameter_changes_nothing(done: Path) -> None:
     params.write_text(params.read_text().replace("clean_weight:", "clean_wait:"))
     before = scratch.tree(done)
 
-    with pytest.raises(UserError, match=r"train\.clean_wait is not a known key\. Did you mean 'clean_weight'"):
+    with pytest.raises(UserError, match=r"train\.method\.clean_wait is not a known key\. Did you mean 'clean_weight'"):
         repro.reproduce("second", Paths(done), print)
 
     assert scratch.tree(done) == before
