@@ -20,7 +20,7 @@ demo: setup  ## run the whole chain once: data, training, evaluation, report, re
 	@.venv/bin/d2r run
 
 test: setup  ## run the tests
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup  ## check format, style and types; change nothing
 	@.venv/bin/ruff format --check .

@@ -61,7 +61,8 @@ class Project:
         """Version -> its tags and its aliases."""
         from mlflow import MlflowClient
 
-        client, name = MlflowClient(f"sqlite:///{self.root}/mlflow.db"), self.values["promote"]["model_name"]
+        uri, name = f"sqlite:///{self.root}/mlflow.db", self.values["promote"]["model_name"]
+        client = MlflowClient(uri, registry_uri=uri)  # whatever other tests have set
         aliases = client.get_registered_model(name).aliases
         return {
             int(found.version): (found.tags, {alias for alias, held in aliases.items() if held == found.version})
