@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d2r_core import checkpoint, evaluation, files, runtime
+from d2r_core import checkpoint, evaluation, files, norms, runtime
 from d2r_core.attacks import margin, under_attack
 from d2r_core.data import Split, balanced_order, load_split, to_float
 from d2r_core.evaluation import Attack, Outcome
@@ -27,7 +27,7 @@ class Measurement(NamedTuple):
     """One model's figures, and what it said of every test image."""
 
     figures: dict[str, dict[str, Any]]  # by attack: accuracy, counts, eps, steps; see robustness.json
-    examples: pd.DataFrame  # attack, index, label, prediction, margin, correct
+    examples: pd.DataFrame  # attack, index, label, prediction, margin, correct, distance
 
 
 def measure(
@@ -37,17 +37,17 @@ def measure(
 
     AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0.
     """
-    torch.backends.cudnn.allow_tf32 = False  # reference figures are fp32
-    radius: dict[str, Any] = {"eps": settings.eps, "step_size": settings.step_size, "steps": settings.steps}
+    runtime.set_precision(settings.precision)
+    eps, norm = settings.eps, settings.norm
+    common: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed}
+    steps: dict[str, Any] = {"step_size": settings.step_size, "steps": settings.steps, "restarts": settings.restarts}
+    one_step = {"step_size": eps, "steps": 1, "restarts": 1}
+    none = {"eps": 0.0, "step_size": 0.0, "steps": 0, "restarts": 0}
     planned: list[tuple[str, dict[str, Any], Attack]] = [
-        ("clean", {"name": "clean", "eps": 0.0, "step_size": 0.0, "steps": 0}, evaluation.clean()),
-        (
-            "fgsm",
-            {"name": "FGSM", "eps": settings.eps, "step_size": settings.eps, "steps": 1},
-            evaluation.fgsm(settings.eps),
-        ),
-        ("pgd", {"name": f"PGD-{settings.steps}", **radius}, evaluation.pgd(**radius)),
-        ("cw", {"name": f"CW-{settings.steps}", **radius}, evaluation.cw(**radius)),
+        ("clean", {"name": "clean", **common, **none}, evaluation.clean()),
+        ("fgsm", {"name": "FGSM", **common, **one_step}, evaluation.fgsm(eps, norm)),
+        ("pgd", {"name": f"PGD-{settings.steps}", **common, **steps}, evaluation.pgd(eps, norm=norm, **steps)),
+        ("cw", {"name": f"CW-{settings.steps}", **common, **steps}, evaluation.cw(eps, norm=norm, **steps)),
     ]
     figures: dict[str, dict[str, Any]] = {}
     frames: list[pd.DataFrame] = []
@@ -63,6 +63,7 @@ def measure(
             "prediction": outcome.predictions.numpy(),
             "margin": outcome.margins.numpy(),
             "correct": correct.numpy(),
+            "distance": outcome.distances.numpy(),
         }
         frames.append(pd.DataFrame(columns))
         return correct
@@ -70,17 +71,24 @@ def measure(
     everything = torch.arange(len(split))
     standing = torch.ones(len(split), dtype=torch.bool)
     for key, what, attack in tqdm(planned, desc=description, disable=None, leave=False, file=sys.stderr):
-        outcome = evaluation.run(model, split, attack, batch_size=settings.batch_size, seed=seed)
+        outcome = evaluation.run(
+            model,
+            split,
+            attack,
+            batch_size=settings.batch_size,
+            seed=seed,
+            norm=norm,
+            precision=settings.precision,
+        )
         standing &= record(key, what, outcome, everything)
-    worst = {"name": "worst of these", **radius}
+    worst = {"name": "worst of these", **common, **steps}
     figures["worst"] = {**worst, **_counts(standing, split.labels, classes)}
     if settings.autoattack_images:
         index = balanced_order(split.labels, seed)[: settings.autoattack_images]
         outcome = _autoattack(model, split.take(index), settings, classes=classes, seed=seed)
         # AutoAttack sets its steps itself.
-        record(
-            "autoattack", {"name": "AutoAttack", "eps": settings.eps, "step_size": None, "steps": None}, outcome, index
-        )
+        itself = {"step_size": None, "steps": None, "restarts": None}
+        record("autoattack", {"name": "AutoAttack", **common, **itself}, outcome, index)
     return Measurement(figures, pd.concat(frames, ignore_index=True))
 
 
@@ -104,9 +112,9 @@ def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
             "test_images": len(test),
         },
         "seed": settings.seed,
-        "precision": "fp32",
+        "precision": settings.evaluate.precision,
         "device": str(device),
-        "norm": "Linf",
+        "norm": settings.evaluate.norm,
         "settings_hash": settings.hash("seed", "evaluate"),
         "models": {
             name: {
@@ -152,14 +160,15 @@ def _autoattack(model: nn.Module, split: Split, settings: Evaluate, *, classes: 
     device = next(model.parameters()).device
     images, labels = to_float(split.images), split.labels
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    adversary = AutoAttack(model, norm="Linf", eps=settings.eps, seed=seed, device=device)
+    adversary = AutoAttack(model, norm=settings.norm, eps=settings.eps, seed=seed, device=device)
     # Standard takes the 9 best other classes; where there are fewer, all of them.
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
     with under_attack(model):
         x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
         with torch.no_grad():
             logits = torch.cat([model(x.to(device)).float().cpu() for x in x_adv.split(settings.batch_size)])
-    return Outcome(logits.argmax(1), margin(logits, labels))
+    distances = norms.size(x_adv.double() - images.double(), settings.norm)
+    return Outcome(logits.argmax(1), margin(logits, labels), distances)
 
 
 def _gallery(models: Mapping[str, nn.Module], test: Split, settings: Settings) -> dict[str, Tensor]:
@@ -168,7 +177,7 @@ def _gallery(models: Mapping[str, nn.Module], test: Split, settings: Settings) -
     index = balanced_order(test.labels, settings.seed)[:_GALLERY]
     chosen = test.take(index)
     tensors = {"index": index, "labels": chosen.labels, "clean": chosen.images}
-    attack = evaluation.pgd(evaluate.eps, evaluate.step_size, evaluate.steps)
+    attack = evaluation.pgd(evaluate.eps, evaluate.step_size, evaluate.steps, evaluate.norm, evaluate.restarts)
     for name, model in models.items():
         with under_attack(model), torch.no_grad():
             pairs = evaluation.perturb(model, chosen, attack, batch_size=len(chosen), seed=settings.seed)
