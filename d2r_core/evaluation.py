@@ -1,13 +1,16 @@
 """Accuracy under attack, image by image: the same for any batch size and any number of processes."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d2r_core import attacks, distributed, norms, runtime
+from d2r_core import attacks, distributed, files, norms, runtime
 from d2r_core.data import Split, to_float
 from d2r_core.losses import full
 from d2r_core.norms import Norm
@@ -76,22 +79,10 @@ def noise_of(numbers: Tensor, shape: torch.Size, *, seed: int, device: torch.dev
 
 def perturb(
     model: nn.Module, split: Split, attack: Attack, *, batch_size: int, seed: int, numbers: Tensor | None = None
-) -> Iterator[tuple[Split, Tensor]]:
-    """Batches of `split` on the model's device as float images and labels, each with its attacked images.
-
-    Args:
-        numbers: the images' numbers in the test split, int64 (N,) on the CPU; by default 0 to N - 1.
-    """
-    device = next(model.parameters()).device
-    if numbers is None:
-        numbers = torch.arange(len(split))
-    for index in torch.arange(len(split)).split(batch_size):
-        images, labels = split.take(index.to(split.labels.device)).to(device)
-        x = to_float(images).contiguous(memory_format=torch.channels_last)
-        noise = noise_of(numbers[index], images.shape[1:], seed=seed, device=device)
-        # Batches shrink as images fall, and no size of them is worth compiling for.
-        with runtime.eager(runtime.is_compiled(model)):
-            yield Split(x, labels), attack(model, x, labels, noise)
+) -> Tensor:
+    """The attacked images of `split`, float32 (N, 3, H, W) on the CPU; arguments as of `run`."""
+    batches = _batches(model, split, attack, batch_size, seed, numbers, None)
+    return torch.cat([x_adv.cpu() for _, x_adv in batches])
 
 
 def run(
@@ -102,41 +93,119 @@ def run(
     batch_size: int,
     seed: int,
     norm: Norm = "Linf",
-    numbers: Tensor | None = None,
     precision: Precision = "fp32",
+    numbers: Tensor | None = None,
+    folder: Path | None = None,
 ) -> Outcome:
-    """Attack every image of `split` and ask the model; in eval mode, the mode is restored.
+    """Attack every image of `split` and ask the model about what came of it; in eval mode, the mode is restored.
+
+    Under torchrun every process calls it alike, takes its share of the batches, and gets the whole outcome.
 
     Args:
         norm: that distances are measured in.
-        numbers: the images' numbers in the test split, int64 (N,) on the CPU; by default 0 to N - 1.
         precision: of the model's passes; "bf16" runs them under autocast. TF32 is the caller's (runtime.set_precision).
+        numbers: the images' numbers in the test split, int64 (N,) on the CPU; by default 0 to N - 1.
+        folder: where the attacked images of finished batches are kept, and found by a call that repeats an interrupted
+            one. The caller names it after everything that they depend on. What is kept is float32, and predictions and
+            distances are taken from it alone.
     """
-    predictions, margins, distances = [], [], []
     device = next(model.parameters()).device
+    outcome = Outcome(
+        torch.zeros(len(split), dtype=torch.int64, device=device),
+        torch.zeros(len(split), dtype=torch.float32, device=device),
+        torch.zeros(len(split), dtype=torch.float64, device=device),
+    )
     with attacks.under_attack(model), runtime.autocast(device, precision):
-        for batch, x_adv in perturb(model, split, attack, batch_size=batch_size, seed=seed, numbers=numbers):
+        for index, x_adv in _batches(model, split, attack, batch_size, seed, numbers, folder):
+            x, labels = _on(device, split, index)
             with torch.no_grad():
                 logits = full(model(x_adv))
-            predictions.append(logits.argmax(1).cpu())
-            margins.append(attacks.margin(logits, batch.labels).float().cpu())
-            distances.append(norms.size(x_adv.double() - batch.images.double(), norm).cpu())
-    return Outcome(torch.cat(predictions), torch.cat(margins), torch.cat(distances))
+            outcome.predictions[index] = logits.argmax(1)
+            outcome.margins[index] = attacks.margin(logits, labels).float()
+            outcome.distances[index] = norms.size(x_adv.double() - x.double(), norm)
+    return Outcome(*(distributed.summed(part).cpu() for part in outcome))  # the other ranks' images are zeros here
 
 
-def sharded_accuracy(
+def cascade(
+    model: nn.Module, split: Split, stages: Mapping[str, Attack], *, folder: Path | None = None, **options: Any
+) -> tuple[Outcome, dict[str, int]]:
+    """Each attack in turn on the images that still stand, as AutoAttack does.
+
+    Args:
+        options: as `run` takes them.
+
+    Returns:
+        What the most harmful attack made of each image, and how many stood after each.
+    """
+    numbers = options.pop("numbers", None)
+    numbers = torch.arange(len(split)) if numbers is None else numbers
+    labels = split.labels.cpu()
+    found = run(model, split, clean(), numbers=numbers, **options)
+    stood = {}
+    for name, attack in stages.items():
+        standing = found.correct(labels).nonzero().squeeze(1)
+        if len(standing):
+            part = split.take(standing.to(split.labels.device))
+            kept = folder / name if folder else None
+            attacked = run(model, part, attack, numbers=numbers[standing], folder=kept, **options)
+            worse = attacked.margins < found.margins[standing]
+            for column, news in zip(found, attacked, strict=True):
+                column[standing[worse]] = news[worse]
+        stood[name] = int(found.correct(labels).sum())
+    return found, stood
+
+
+def _batches(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    batch_size: int,
+    seed: int,
+    numbers: Tensor | None,
+    folder: Path | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's batches, each as the images' places in `split` and what the attack made of them, on the device."""
+    device = next(model.parameters()).device
+    numbers = torch.arange(len(split)) if numbers is None else numbers
+    model.to(memory_format=torch.channels_last)
+    for batch, index in enumerate(torch.arange(len(split)).split(batch_size)):
+        if batch % distributed.world() != distributed.rank():
+            continue
+        kept = folder / f"{batch:05}.safetensors" if folder else None
+        x_adv = _load(kept, numbers[index]) if kept else None
+        if x_adv is None:
+            x, labels = _on(device, split, index)
+            noise = noise_of(numbers[index], x.shape[1:], seed=seed, device=device)
+            # Batches shrink as images fall, and no size of them is worth compiling for.
+            with runtime.eager(runtime.is_compiled(model)):
+                x_adv = attack(model, x, labels, noise)
+            if kept:
+                with files.atomic(kept) as temporary:
+                    save_file({"images": x_adv.cpu().contiguous(), "numbers": numbers[index]}, temporary)
+        yield index, x_adv.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def _on(device: torch.device, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels = split.take(index.to(split.labels.device)).to(device)
+    return to_float(images).contiguous(memory_format=torch.channels_last), labels
+
+
+def _load(path: Path, numbers: Tensor) -> Tensor | None:
+    """The attacked images of a finished batch; None where there is none, or a damaged file."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    assert torch.equal(found["numbers"], numbers), f"{path} holds other images: its folder is named after too little"
+    return found["images"]
+
+
+def accuracy_under(
     model: nn.Module, split: Split, attack: Attack, *, batch_size: int, seed: int, precision: Precision = "fp32"
 ) -> float:
-    """The accuracy on a split of which every rank attacks its share, 0 to 1; the same on every rank."""
-    numbers = torch.arange(distributed.rank(), len(split), distributed.world())
-    share = split.take(numbers.to(split.labels.device))
-    outcome = run(model, share, attack, batch_size=batch_size, seed=seed, numbers=numbers, precision=precision)
-    correct = outcome.correct(share.labels.cpu())
-    counts = torch.tensor(
-        [int(correct.sum()), len(correct)], dtype=torch.float64, device=next(model.parameters()).device
-    )
-    right, images = distributed.summed(counts).tolist()
-    return right / images
+    """The accuracy on `split`, 0 to 1; arguments as of `run`."""
+    outcome = run(model, split, attack, batch_size=batch_size, seed=seed, precision=precision)
+    return accuracy(outcome.correct(split.labels.cpu()))
 
 
 def accuracy(correct: Tensor) -> float:

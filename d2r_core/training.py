@@ -102,7 +102,7 @@ def fit(
     def validate(model: nn.Module) -> dict[str, float]:
         distributed.share_buffers(model)
         return {
-            name: evaluation.sharded_accuracy(
+            name: evaluation.accuracy_under(
                 model, validation, attack, batch_size=batch_size // world, seed=seed, precision=precision
             )
             for name, attack in criteria.items()

@@ -1,7 +1,6 @@
 """Stage `evaluate`: both models under attack on the test images; writes the figures that gate and report read."""
 
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d2r_core import checkpoint, evaluation, files, norms, runtime
-from d2r_core.attacks import margin, under_attack
+from d2r_core import checkpoint, evaluation, files, runtime
+from d2r_core.attacks import under_attack
 from d2r_core.data import Split, balanced_order, load_split, to_float
 from d2r_core.evaluation import Attack, Outcome
 from tasks import lineage, stage
@@ -37,6 +36,8 @@ def measure(
 
     AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0.
     """
+    from tasks import autoattack
+
     runtime.set_precision(settings.precision)
     eps, norm = settings.eps, settings.norm
     common: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed}
@@ -85,10 +86,21 @@ def measure(
     figures["worst"] = {**worst, **_counts(standing, split.labels, classes)}
     if settings.autoattack_images:
         index = balanced_order(split.labels, seed)[: settings.autoattack_images]
-        outcome = _autoattack(model, split.take(index), settings, classes=classes, seed=seed)
-        # AutoAttack sets its steps itself.
+        stages = autoattack.attacks(settings.autoattack, eps=eps, norm=norm, seed=seed, classes=classes)
+        outcome, stood = evaluation.cascade(
+            model,
+            split.take(index),
+            stages,
+            numbers=index,
+            batch_size=settings.batch_size,
+            seed=seed,
+            norm=norm,
+            precision=settings.precision,
+        )
+        name = "AutoAttack standard" if settings.autoattack == "standard" else f"{' + '.join(stages)} (quick)"
+        accuracies = [{"name": stage, "accuracy": count / len(index)} for stage, count in stood.items()]
         itself = {"step_size": None, "steps": None, "restarts": None}
-        record("autoattack", {"name": "AutoAttack", **common, **itself}, outcome, index)
+        record("autoattack", {"name": name, "stages": accuracies, **common, **itself}, outcome, index)
     return Measurement(figures, pd.concat(frames, ignore_index=True))
 
 
@@ -153,24 +165,6 @@ def _counts(correct: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
     }
 
 
-def _autoattack(model: nn.Module, split: Split, settings: Evaluate, *, classes: int, seed: int) -> Outcome:
-    """AutoAttack standard (Croce & Hein 2020) by its authors' code."""
-    from pyautoattack import AutoAttack
-
-    device = next(model.parameters()).device
-    images, labels = to_float(split.images), split.labels
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    adversary = AutoAttack(model, norm=settings.norm, eps=settings.eps, seed=seed, device=device)
-    # Standard takes the 9 best other classes; where there are fewer, all of them.
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
-    with under_attack(model):
-        x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
-        with torch.no_grad():
-            logits = torch.cat([model(x.to(device)).float().cpu() for x in x_adv.split(settings.batch_size)])
-    distances = norms.size(x_adv.double() - images.double(), settings.norm)
-    return Outcome(logits.argmax(1), margin(logits, labels), distances)
-
-
 def _gallery(models: Mapping[str, nn.Module], test: Split, settings: Settings) -> dict[str, Tensor]:
     """A few class-balanced test images with their PGD twins for each model, and what each model says of both."""
     evaluate = settings.evaluate
@@ -179,12 +173,12 @@ def _gallery(models: Mapping[str, nn.Module], test: Split, settings: Settings) -
     tensors = {"index": index, "labels": chosen.labels, "clean": chosen.images}
     attack = evaluation.pgd(evaluate.eps, evaluate.step_size, evaluate.steps, evaluate.norm, evaluate.restarts)
     for name, model in models.items():
+        device = next(model.parameters()).device
         with under_attack(model), torch.no_grad():
-            pairs = evaluation.perturb(model, chosen, attack, batch_size=len(chosen), seed=settings.seed)
-            ((batch, x_adv),) = pairs
-            tensors[f"{name}_adversarial"] = x_adv.cpu().contiguous()
-            tensors[f"{name}_clean_prediction"] = model(batch.images).argmax(1).cpu()
-            tensors[f"{name}_adversarial_prediction"] = model(x_adv).argmax(1).cpu()
+            x_adv = evaluation.perturb(model, chosen, attack, batch_size=len(chosen), seed=settings.seed, numbers=index)
+            tensors[f"{name}_adversarial"] = x_adv.contiguous()
+            tensors[f"{name}_clean_prediction"] = model(to_float(chosen.images).to(device)).argmax(1).cpu()
+            tensors[f"{name}_adversarial_prediction"] = model(x_adv.to(device)).argmax(1).cpu()
     return tensors
 
 
