@@ -273,7 +273,9 @@ def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVe
         )
     model, described = checkpoint.load(weights, runtime.device(settings.runtime.device))
     test = data.load_split(paths.prepared / "test.safetensors")
-    attacks = settings.evaluate.model_copy(update={"autoattack_images": 0})  # no part of the worst of all images
+    attacks = settings.evaluate
+    if attacks.autoattack_images < len(test):  # then it is no part of the worst of all images
+        attacks = attacks.model_copy(update={"autoattack_images": 0})
     measured = measure(
         model, test, attacks, classes=len(described["classes"]), seed=settings.seed, description="champion"
     )
