@@ -191,8 +191,9 @@ def _checks(
         eps_curve=examined.against_eps,
         steps_curve=examined.against_steps,
         distances={
-            attack: torch.from_numpy(rows["distance"].to_numpy(copy=True))
-            for attack, rows in examples.groupby("attack")
+            key: _tensor(examples["distance"][examples["attack"] == key])
+            for key in examined.measured.figures
+            if key != "worst"  # no attack of its own
         },
         saved=(gallery["clean"], gallery[f"{name}_adversarial"]),
         eps=settings.eps,
