@@ -6,6 +6,7 @@ Small networks on scikit-learn's digits, trained here in seconds: one as usual, 
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -120,6 +121,12 @@ def examine(model: nn.Module, test: Split, *, other: nn.Module, eps: float = EPS
         black_box=square(eps, norm),
         **plan,
     )
+
+
+def test_each_check_is_explained(trained: Trained) -> None:
+    explained = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    for check in examine(trained.usual, trained.test.take(torch.arange(2)), other=trained.robust):
+        assert f'### <a id="{check.key.replace("_", "-")}"></a>{check.name}\n' in explained
 
 
 def failed(found: list[Check]) -> set[str]:
