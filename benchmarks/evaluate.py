@@ -3,8 +3,8 @@
     python benchmarks/evaluate.py --rounds 5 --images 200 --autoattack-images 50
     python benchmarks/evaluate.py --checkpoint models/target.safetensors --data data/prepared --eps 8/255
 
-Without a checkpoint, a WideResNet-10-2 is first trained for a minute on scikit-learn's digits at 32 pixels. All variants
-take turns in one process, so that what else the machine does hits them alike; medians and ratios are what counts.
+Without a checkpoint, a WideResNet-10-2 is first trained on scikit-learn's digits at 32 pixels. All variants take turns
+in one process, so that what else the machine does hits them alike; medians and ratios are what counts.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def plain_pgd(
     """PGD on all images for all steps, in the default memory layout.
 
     Args:
-        weights: whether the backward pass computes the weights' gradients too, as published loops do (`loss.backward()`).
+        weights: whether the backward pass computes the weights' gradients too, as in published loops.
         every: look at each iterate, instead of the last one.
     """
     generator = runtime.generator(0, CPU)
