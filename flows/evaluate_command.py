@@ -40,12 +40,14 @@ def evaluate(
     check_images: Annotated[int | None, typer.Option(help="instead of evaluate.check_images")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results")] = None,
 ) -> None:
-    """Attack any checkpoint as the chain attacks its own; writes its figures and a report.
+    """Attack any checkpoint as the chain attacks its own.
+
+    Writes its figures, what it said of each image, and a report.
 
     Takes published checkpoints (TRADES, LBGAT, D2R, RobustBench's of the same architectures), our own files and
     registered versions. Weights only: no code of a file is run.
     """
-    from d2r_core import runtime
+    from d2r_core import files, runtime
     from d2r_core.interruption import Interrupted
     from tasks import examine, heldout
     from tasks import settings as settings_file
@@ -86,6 +88,7 @@ def evaluate(
     found.robustness["checkpoint"] = checkpoint
     found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
     found.write(folder)
+    files.write_text(folder / "report.md", _report(found))
     examine.forget(subjects, conditions)
     _show(found, folder)
 
@@ -165,24 +168,57 @@ def _complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     return architecture
 
 
+_HEADER = ["attack", "eps", "step size, steps, restarts", "stand", "accuracy", "95 % interval"]
+_MARKS = {True: "passed", False: "FAILED", None: "not asked"}
+
+
+def _rows(found: "Findings") -> list[list[str]]:
+    """One for each attack, with its conditions."""
+    rows = []
+    for figure in found.robustness["models"]["target"]["attacks"].values():
+        low, high = figure["interval"]
+        settings = [figure[key] for key in ("step_size", "steps", "restarts")]
+        rows.append(
+            [
+                figure["name"],
+                f"{figure['eps']:.5g}",
+                "its own" if None in settings else ", ".join(f"{value:.4g}" for value in settings),
+                f"{figure['correct']} of {figure['images']}",
+                f"{figure['accuracy']:.2%}",
+                f"{low:.2%} to {high:.2%}",
+            ]
+        )
+    return rows
+
+
 def _show(found: "Findings", folder: Path) -> None:
-    """Print the figures with their intervals and conditions, what the self-checks found, and where the rest lies."""
+    """Print the figures, what the self-checks found, and where the rest lies."""
     import rich
     from rich.table import Table
 
-    measured = found.robustness["models"]["target"]
-    table = Table("attack", "eps", "images", "accuracy", "95 % interval", title=f"Norm {found.robustness['norm']}")
-    for figure in measured["attacks"].values():
-        low, high = figure["interval"]
-        table.add_row(
-            figure["name"],
-            f"{figure['eps']:.4g}",
-            f"{figure['correct']} of {figure['images']}",
-            f"{figure['accuracy']:.2%}",
-            f"{low:.2%} to {high:.2%}",
-        )
+    table = Table(*_HEADER, title=f"Accuracy under attack ({found.robustness['norm']})")
+    for row in _rows(found):
+        table.add_row(*row)
     rich.print(table)
-    marks = {True: "passed", False: "FAILED", None: "not asked"}
-    for check in measured["checks"]:
-        typer.echo(f"{marks[check['passed']]:<10} {check['name']}. {check['found']}")
-    typer.echo(f"figures    {folder}")
+    for check in found.robustness["models"]["target"]["checks"]:
+        typer.echo(f"{_MARKS[check['passed']]:<10} {check['name']}. {check['found']}")
+    typer.echo(f"report     {folder / 'report.md'}")
+
+
+def _report(found: "Findings") -> str:
+    """The same as Markdown, with the conditions."""
+    robustness = found.robustness
+    model, data = robustness["models"]["target"], robustness["data"]
+    lines = [
+        f"# {robustness['checkpoint']}",
+        "",
+        f"{model['architecture']}, SHA-256 of the weights {model['weights_sha256']}.",
+        f"{data['test_images']} test images of {len(data['classes'])} classes from {data['source']} ({data['hash']}).",
+        f"Norm {robustness['norm']}, seed {robustness['seed']}, {robustness['precision']}, {robustness['device']}.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (_HEADER, ["---"] * len(_HEADER), *_rows(found))),
+        "",
+        "## Self-checks",
+        *(f"- {_MARKS[check['passed']]}: {check['name']}. {check['found']}" for check in model["checks"]),
+    ]
+    return "\n".join(lines) + "\n"
