@@ -57,7 +57,8 @@ class Conditions:
 
     def kept(self, subject: Subject) -> Path:
         """The folder of a model's finished batches, named after everything that they depend on."""
-        modules = [*Path(evaluation.__file__).parent.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+        tasks = (Path(__file__).with_name(f"{name}.py") for name in ("autoattack", "examine", "measure"))
+        modules = [*Path(evaluation.__file__).parent.rglob("*.py"), *tasks]
         code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(modules))).hexdigest()
         device = next(subject.model.parameters()).device.type
         versions = [version(package) for package in ("torch", "pyautoattack")]

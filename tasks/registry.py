@@ -1,6 +1,7 @@
 """The model registry: what was evaluated is registered as @challenger, gated, promoted to @champion, rolled back."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,6 +143,25 @@ def champion(settings: Settings, paths: Paths) -> int | None:
         return _alias(client, settings.promote.model_name, "champion")
 
 
+def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> Path:
+    """Bring the checkpoint of `models:/NAME@ALIAS` or `models:/NAME/VERSION` into `folder`; returns its weights' path.
+
+    Raises:
+        UserError: the reference is not of that form, there is no such version, or its run has no checkpoint.
+    """
+    parts = re.fullmatch(r"models:/([^/@]+)(?:@(\w+)|/(\d+))", reference)
+    if not parts:
+        raise UserError(f"{reference}: write models:/NAME@champion, models:/NAME@challenger or models:/NAME/VERSION.")
+    name, alias, number = parts.groups()
+    with _client(settings, paths) as client:
+        version = _alias(client, name, alias) if alias else int(number)
+        found = None if version is None else _version(client, name, version)
+        if found is None:
+            raise UserError(f"{reference}: there is no such version in MLflow ({settings.tracking.uri}).")
+        _fetch(client, found, "target.json", str(folder))
+        return _fetch(client, found, "target.safetensors", str(folder))
+
+
 @contextmanager
 def _client(settings: Settings, paths: Paths) -> Iterator["MlflowClient"]:
     """MLflow's client; what the server refuses inside the block becomes one message."""
@@ -198,6 +218,17 @@ def _alias(client: "MlflowClient", name: str, alias: str) -> int | None:
             raise
         return None
     return None if version is None else int(version)
+
+
+def _version(client: "MlflowClient", name: str, version: int) -> "ModelVersion | None":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def _floor(what: str, accuracy: float, floor: float, key: str) -> tuple[bool, str]:
