@@ -28,12 +28,9 @@ def rows(
         and `after`, and `records` (attack, prediction, margin).
     """
     models = [model for model in ("target", "guidance") if f"{model}_adversarial" in tensors]
-    by_image = {
-        (str(model), int(index)): records
-        for (model, index), records in examples[examples["index"].isin(tensors["index"][:count])].groupby(
-            ["model", "index"], sort=False
-        )
-    }
+    told: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in examples[examples["index"].isin(tensors["index"][:count])].to_dict("records"):
+        told.setdefault((record["model"], record["index"]), []).append({str(key): said for key, said in record.items()})
 
     def said(prediction: int, label: int) -> dict[str, Any]:
         return {"label": classes[prediction], "right": bool(prediction == label)}
@@ -53,8 +50,7 @@ def rows(
                     "before": said(tensors[f"{model}_clean_prediction"][i], label),
                     "after": said(tensors[f"{model}_adversarial_prediction"][i], label),
                     "records": [
-                        {"attack": record.attack, "margin": record.margin, **said(record.prediction, record.label)}
-                        for record in by_image[model, int(index)].itertuples()
+                        {**record, **said(record["prediction"], record["label"])} for record in told[model, int(index)]
                     ],
                 }
             )
