@@ -52,7 +52,7 @@ def run(settings: Settings, paths: Paths) -> None:
     comparison = paths.reports / "champion/comparison.json"
     chain = Chain(
         manifest=manifest,
-        expectations=validation if isinstance(validation, list) else validation["expectations"],
+        expectations=validation["expectations"],
         pretrain_history=_read(paths.pretrain_history, "pretrain", pd.read_csv),
         train_history=_read(paths.train_history, "train", pd.read_csv),
         metadata={name: checkpoint.read_metadata(getattr(paths, name)) for name in ("guidance", "target")},
@@ -116,12 +116,9 @@ def _context(measured: Measured, settings: Settings, chain: Chain | None) -> dic
 
 
 def _of_chain(chain: Chain) -> dict[str, Any]:
-    expectations, comparison = chain.expectations, chain.comparison
+    comparison = chain.comparison
     return {
         **chain._asdict(),
-        "expectation_columns": [
-            key for key in expectations[0] if key != "ok" and any(found[key] for found in expectations)
-        ],
         "guidance_charts": training_figures.guidance(chain.pretrain_history, chain.metadata["guidance"]),
         "target_charts": training_figures.target(chain.train_history, chain.metadata["target"]),
         "differences": robustness_figures.differences(comparison) if comparison and "attacks" in comparison else [],

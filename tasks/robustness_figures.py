@@ -34,7 +34,7 @@ CHECKS = {
 }
 _STYLES = {"target": "target", "guidance": "guidance dashed"}
 _MATRIX = 20  # classes; of more than these, the most frequent confusions are listed instead
-_FREQUENT = 20  # confusions
+_FREQUENT = (8, 20)  # confusions listed beside the matrix, and without it
 
 
 def attacks(robustness: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -86,8 +86,8 @@ def _curve(robustness: Mapping[str, Any], key: str, norm: str, marked: tuple[flo
         if name in robustness["models"]
     }
     places = sorted(set().union(*measured.values()))
-    nowhere = {"accuracy": float("nan"), "interval": (float("nan"), float("nan"))}
-    found = {name: [points.get(place, nowhere) for place in places] for name, points in measured.items()}
+    # A curve against eps ends where nothing stands, and nothing does at any larger eps.
+    found = {name: [points.get(place, points[max(points)]) for place in places] for name, points in measured.items()}
     series = [
         Series(name, _STYLES[name], [p["accuracy"] for p in points], [p["interval"] for p in points])
         for name, points in found.items()
@@ -111,9 +111,9 @@ def _curve(robustness: Mapping[str, Any], key: str, norm: str, marked: tuple[flo
             {
                 "place": place,
                 "text": distance(place) if key == "eps" else str(place),
-                "points": {name: points.get(place) for name, points in measured.items()},
+                "points": {name: points[i] for name, points in found.items()},
             }
-            for place in places
+            for i, place in enumerate(places)
         ],
     }
 
@@ -138,11 +138,11 @@ def per_class(robustness: Mapping[str, Any], images: Sequence[int]) -> list[dict
 
 
 def confusion(robustness: Mapping[str, Any]) -> dict[str, Any]:
-    """What the target says under attack: a matrix of few classes, the most frequent confusions of many.
+    """What the target says under attack.
 
     Returns:
         `attack`, `matrix` (rows of label and cells, each with count, share of its row, and whether it is right; empty
-        if there are too many classes) and `frequent` (label, prediction, count, share; empty if there is a matrix).
+        if there are too many classes) and `frequent` (the most frequent confusions: label, prediction, count, share).
     """
     target, classes = robustness["models"]["target"], robustness["data"]["classes"]
     counts = target["confusion"]["counts"]
@@ -156,16 +156,18 @@ def confusion(robustness: Mapping[str, Any]) -> dict[str, Any]:
         }
         for label, row in enumerate(counts)
     ]
-    found: dict[str, Any] = {"attack": target["attacks"][target["confusion"]["attack"]], "matrix": [], "frequent": []}
-    if len(classes) <= _MATRIX:
-        return found | {"matrix": rows}
     wrong = [
         {"label": row["label"], "prediction": classes[prediction], **cell}
         for row in rows
         for prediction, cell in enumerate(row["cells"])
         if cell["count"] and not cell["right"]
     ]
-    return found | {"frequent": sorted(wrong, key=lambda cell: -cell["count"])[:_FREQUENT]}
+    few = len(classes) <= _MATRIX
+    return {
+        "attack": target["attacks"][target["confusion"]["attack"]],
+        "matrix": rows if few else [],
+        "frequent": sorted(wrong, key=lambda cell: -cell["count"])[: _FREQUENT[0 if few else 1]],
+    }
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
