@@ -629,3 +629,21 @@ def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> N
     condition = cast(Callable[..., bool], task.retry_condition_fn)
     assert condition(task, None, Failed(data=tracking.UnavailableError("away")))
     assert not condition(task, None, Failed(data=UserError("refused")))
+
+
+def test_a_registered_checkpoint_can_be_had_by_its_reference(project: Project, tmp_path: Path) -> None:
+    version = project.register()
+    project.promote(version)
+    weights = project.paths.target.read_bytes()
+    for number, reference in enumerate((f"models:/{NAME}@champion", f"models:/{NAME}/{version}")):
+        path = registry.download(project.settings, project.paths, reference, tmp_path / f"had{number}")
+        assert path.read_bytes() == weights
+        assert checkpoint.load(path, torch.device("cpu"))
+    for reference, message in (
+        (f"models:/{NAME}@winner", "there is no such version in MLflow"),
+        (f"models:/{NAME}/7", "there is no such version in MLflow"),
+        ("models:/other@champion", "there is no such version in MLflow"),
+        (f"models:/{NAME}", "write models:/NAME@champion, models:/NAME@challenger or models:/NAME/VERSION"),
+    ):
+        with pytest.raises(UserError, match=message):
+            registry.download(project.settings, project.paths, reference, tmp_path / "none")
