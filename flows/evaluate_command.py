@@ -45,9 +45,9 @@ def evaluate(
     Takes published checkpoints (TRADES, LBGAT, D2R, RobustBench's of the same architectures), our own files and
     registered versions. Weights only: no code of a file is run.
     """
-    from d2r_core import runtime
+    from d2r_core import files, runtime
     from d2r_core.interruption import Interrupted
-    from tasks import examine, heldout
+    from tasks import examine, heldout, report
     from tasks import settings as settings_file
     from tasks.examine import Conditions
     from tasks.paths import Paths
@@ -86,6 +86,7 @@ def evaluate(
     found.robustness["checkpoint"] = checkpoint
     found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
     found.write(folder)
+    files.write_text(folder / "report.html", report.render(report.read(folder), settings))
     examine.forget(subjects, conditions)
     _show(found, folder)
 
@@ -186,3 +187,4 @@ def _show(found: "Findings", folder: Path) -> None:
     for check in measured["checks"]:
         typer.echo(f"{marks[check['passed']]:<10} {check['name']}. {check['found']}")
     typer.echo(f"figures    {folder}")
+    typer.echo(f"report     {folder / 'report.html'}")

@@ -14,6 +14,8 @@ _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 318, 20, 196  # the plot's edges; names of the lines stand to the right of it
 _LINE_GAP = 13  # between two names
 _MAX_TICKS = 7
+_ROUND = [float(f"{digit}e{power}") for power in range(-9, 9) for digit in (1, 2, 5)]
+_DOUBLING = [2**power for power in range(8)]
 
 
 class Series(NamedTuple):
@@ -57,8 +59,9 @@ def radii(values: Sequence[float], norm: str) -> Axis:
     """Sizes of perturbations, from 0; in grey levels, where all of them are whole ones."""
     whole = all(abs(255 * eps - round(255 * eps)) < 0.01 for eps in values)
     scale, unit = (255, "/255") if whole else (1, "")
-    step = _round_step(scale * values[-1])
-    ticks = [number * step for number in range(math.floor(scale * values[-1] / step + 1e-6) + 1)]
+    last = scale * values[-1]
+    step = next(step for step in (_DOUBLING if whole else _ROUND) if last / step < _MAX_TICKS)
+    ticks = [number * step for number in range(math.floor(last / step + 1e-6) + 1)]
     return Axis(f"{norm} eps", values, [(tick / scale, f"{tick:.3g}{unit if tick else ''}") for tick in ticks])
 
 
@@ -218,12 +221,6 @@ def _epoch_ticks(epochs: Sequence[int]) -> list[int]:
     multiples = [epoch for epoch in epochs if epoch % step == 0]
     crowded = bool(multiples) and 0 < multiples[0] - epochs[0] < step / 2
     return multiples if epochs[0] in multiples or crowded else [epochs[0], *multiples]
-
-
-def _round_step(span: float) -> float:
-    """1, 2 or 5 x 10^n, so that `_MAX_TICKS` of them or fewer fill the span."""
-    candidates = (float(f"{digit}e{power}") for power in range(-9, 9) for digit in (1, 2, 5))
-    return next(step for step in candidates if span / step < _MAX_TICKS)
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
