@@ -49,7 +49,7 @@ def evaluate(
     """
     from d2r_core import files, runtime
     from d2r_core.interruption import Interrupted
-    from tasks import examine, heldout
+    from tasks import examine, heldout, report
     from tasks import settings as settings_file
     from tasks.examine import Conditions
     from tasks.paths import Paths
@@ -88,7 +88,7 @@ def evaluate(
     found.robustness["checkpoint"] = checkpoint
     found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
     found.write(folder)
-    files.write_text(folder / "report.md", _report(found))
+    files.write_text(folder / "report.html", report.render(report.read(folder), settings))
     examine.forget(subjects, conditions)
     _show(found, folder)
 
@@ -202,23 +202,5 @@ def _show(found: "Findings", folder: Path) -> None:
     rich.print(table)
     for check in found.robustness["models"]["target"]["checks"]:
         typer.echo(f"{_MARKS[check['passed']]:<10} {check['name']}. {check['found']}")
-    typer.echo(f"report     {folder / 'report.md'}")
-
-
-def _report(found: "Findings") -> str:
-    """The same as Markdown, with the conditions."""
-    robustness = found.robustness
-    model, data = robustness["models"]["target"], robustness["data"]
-    lines = [
-        f"# {robustness['checkpoint']}",
-        "",
-        f"{model['architecture']}, SHA-256 of the weights {model['weights_sha256']}.",
-        f"{data['test_images']} test images of {len(data['classes'])} classes from {data['source']} ({data['hash']}).",
-        f"Norm {robustness['norm']}, seed {robustness['seed']}, {robustness['precision']}, {robustness['device']}.",
-        "",
-        *(f"| {' | '.join(row)} |" for row in (_HEADER, ["---"] * len(_HEADER), *_rows(found))),
-        "",
-        "## Self-checks",
-        *(f"- {_MARKS[check['passed']]}: {check['name']}. {check['found']}" for check in model["checks"]),
-    ]
-    return "\n".join(lines) + "\n"
+    typer.echo(f"figures    {folder}")
+    typer.echo(f"report     {folder / 'report.html'}")

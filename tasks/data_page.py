@@ -1,19 +1,15 @@
 """The page `reports/data.html`: what the prepared data look like, and what the validation found. It stands alone."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from d2r_core.data import Split
+from tasks import pages
 from tasks.expectations import Finding
 
 _CLASSES = 500  # that are shown with their images; the table of counts has all
@@ -56,31 +52,24 @@ def render(
         key=lambda finding: (finding.ok, finding.severity),
     )
     means, counts = _means(splits, len(manifest["classes"]))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("data.html.j2").render(
-        manifest=manifest,
-        images=len(images),
-        findings=findings,
-        failed=[finding for finding in findings if not finding.ok],
-        shown=shown,
-        stops=stops,
-        offenders={finding.what: _offenders(finding, images, splits) for finding in shown},
-        drift=None if drift is None else drift.to_dict("records"),
-        quarantine=quarantine[:_SET_ASIDE],
-        set_aside=len(quarantine),
-        splits=[
+    context = {
+        "manifest": manifest,
+        "images": len(images),
+        "findings": findings,
+        "failed": [finding for finding in findings if not finding.ok],
+        "shown": shown,
+        "stops": stops,
+        "offenders": {finding.what: _offenders(finding, images, splits) for finding in shown},
+        "drift": None if drift is None else drift.to_dict("records"),
+        "quarantine": quarantine[:_SET_ASIDE],
+        "set_aside": len(quarantine),
+        "splits": [
             {"name": name, "images": len(split), "mean": _mean(means[name].sum(0), int(counts[name].sum()))}
             for name, split in splits.items()
         ],
-        classes=_classes(splits, images, manifest, means["train"], counts["train"]),
-    )
+        "classes": _classes(splits, images, manifest, means["train"], counts["train"]),
+    }
+    return pages.render("data.html.j2", context)
 
 
 def _classes(
@@ -160,7 +149,5 @@ def _picture(image: Tensor) -> str:
     height, width = image.shape[1:]
     if max(height, width) > _SIDE:
         image = F.adaptive_avg_pool2d(image.float(), _SIDE).round().byte()
-    stream = io.BytesIO()
     lossless = max(height, width) <= _LOSSLESS_SIDE
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "WEBP", lossless=lossless, quality=80)
-    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+    return pages.picture(image.numpy(), "WEBP", lossless=lossless, quality=80)
