@@ -4,6 +4,8 @@ Without `torchrun` everything here is the single process's own answer.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,23 +13,51 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the process group that torchrun's variables describe, for the block: NCCL on GPUs, gloo on CPUs."""
+    """Join the process group that torchrun's variables describe, for the block: NCCL on GPUs, gloo on CPUs.
+
+    Also after an elastic restart (`torchrun --max-restarts`), on one machine or many.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(rendezvous("env://"))
+    attempt = PrefixStore(_attempt(store, rank, world), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=rank, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _attempt(store: Store, rank: int, world: int) -> str:
+    """A name for this start of the job that all its ranks agree on, and none of an earlier start had.
+
+    torchrun's agent keeps one store through all restarts, so there a rank may find the addresses of processes that are
+    dead. The restart count cannot tell them apart: machines count only what failed on their own side. So rank 0 draws
+    a name, and welcomes each rank by a name of its own, which a dead rank 0 cannot.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, world):
+            store.set(f"{mine}/welcome/{store.get(f'{mine}/hello/{other}').decode()}", "")
+        return mine
+    while True:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/hello/{rank}", mine)
+        if store.check([f"{attempt}/welcome/{mine}"]):
+            return attempt
+        time.sleep(0.05)
 
 
 def rank() -> int:

@@ -40,7 +40,7 @@ def test_gradients_are_the_mean_of_the_shards(tmp_path: Path) -> None:
         torch.testing.assert_close(mean0, (first + second) / 2, rtol=1e-4, atol=1e-6)
 
 
-def test_ranks_stay_alike_and_a_killed_one_ends_the_job_which_resumes(tmp_path: Path) -> None:
+def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(tmp_path: Path) -> None:
     whole = torchrun("train", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     (weights0, kept, logged), (weights1, kept1, logged1) = results(tmp_path / "whole", "trained")
@@ -56,5 +56,10 @@ def test_ranks_stay_alike_and_a_killed_one_ends_the_job_which_resumes(tmp_path: 
     assert "SIGKILL" in killed.stderr
     again = torchrun("train", tmp_path / "killed")
     assert again.returncode == 0, again.stderr
-    (_, resumed, _), _ = results(tmp_path / "killed", "trained")
-    assert all(torch.equal(kept[name], resumed[name]) for name in kept)
+    restarted = torchrun("dies", tmp_path / "restarted", "--max-restarts=1")
+    assert restarted.returncode == 0, restarted.stderr
+    assert "SIGKILL" in restarted.stderr or "exitcode: -9" in restarted.stderr
+    for folder in ("killed", "restarted"):
+        (_, resumed, logged), _ = results(tmp_path / folder, "trained")
+        assert [row["epoch"] for row in logged] == [2, 3], "the epochs after the one whose state was found"
+        assert all(torch.equal(kept[name], resumed[name]) for name in kept)
