@@ -1,6 +1,6 @@
 """White-box attacks: an attack is a loss, a start, a step and a projection.
 
-Images are in [0, 1], (B, 3, H, W); `eps` is the Linf radius in the same units. The model is attacked in eval mode with
+Images are in [0, 1], (B, 3, H, W); `eps` is the radius in the same units. The model is attacked in eval mode with
 its parameters frozen; modes are as before on return.
 """
 
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2r_core import norms
 from d2r_core.losses import full
+from d2r_core.norms import Norm
 
 Loss = Callable[[Tensor], Tensor]  # of the candidate images, to a scalar that the attack makes large
 
@@ -81,14 +83,69 @@ def pgd(
         noise = torch.empty_like(x).uniform_(-1.0, 1.0)
     start = torch.clamp(x + eps * noise, 0.0, 1.0)
 
-    def objective(x_adv: Tensor) -> Tensor:
-        logits = full(model(x_adv))
-        return F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else -margin(logits, y).sum()
-
+    objective = _objective(loss)
     with under_attack(model):
-        return ascend(objective, start, x, eps=eps, step_size=step_size, steps=steps)
+        return ascend(
+            lambda x_adv: objective(full(model(x_adv)), y), start, x, eps=eps, step_size=step_size, steps=steps
+        )
 
 
-def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
-    """The fast gradient sign method (Goodfellow et al. 2015): one step of length eps from the clean image."""
-    return pgd(model, x, y, eps=eps, step_size=eps, steps=1, noise=torch.zeros_like(x))
+def search(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    noise: Callable[[int], Tensor],
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: Norm = "Linf",
+    loss: Literal["ce", "margin"] = "ce",
+    restarts: int = 1,
+) -> Tensor:
+    """PGD as an evaluation runs it: an image falls at the first iterate that misleads, and is left alone from then on.
+
+    The published evaluations ask the model about the last iterate alone; looking at all costs nothing and is never
+    weaker. What has fallen (misclassified clean, or at any iterate of any restart) leaves the batch.
+
+    Args:
+        noise: restart number, from 0 -> uniform draw in [-1, 1] of x's shape.
+
+    Returns:
+        For each image the iterate that misled the model, x itself where it is wrong anyway, else the last iterate.
+    """
+    objective = _objective(loss)
+    found = x.clone()
+    with under_attack(model):
+        with torch.no_grad():
+            standing = (model(x).argmax(1) == y).nonzero().squeeze(1)
+        for restart in range(restarts):
+            if not len(standing):
+                break
+            clean, labels = x[standing], y[standing]
+            x_adv = (clean + norms.start(noise(restart)[standing], eps, norm)).clamp(0.0, 1.0)
+            for step in range(steps + 1):
+                last = step == steps
+                x_adv = x_adv.detach().requires_grad_(not last)
+                with torch.set_grad_enabled(not last):
+                    logits = full(model(x_adv))
+                    gradient = x_adv if last else torch.autograd.grad(objective(logits, labels), x_adv)[0]
+                x_adv = x_adv.detach()
+                right = logits.argmax(1) == labels
+                if last or not right.all():
+                    found[standing] = x_adv
+                    standing, clean, labels, x_adv, gradient = (
+                        rows[right] for rows in (standing, clean, labels, x_adv, gradient)
+                    )
+                if last or not len(standing):
+                    break
+                delta = x_adv + norms.steepest(gradient, step_size, norm) - clean
+                x_adv = (clean + norms.project(delta, eps, norm)).clamp(0.0, 1.0)
+    return found
+
+
+def _objective(loss: Literal["ce", "margin"]) -> Callable[[Tensor, Tensor], Tensor]:
+    """What an attack makes large, of logits (B, C) and labels (B,): a scalar, the images' sum."""
+    if loss == "ce":
+        return lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
+    return lambda logits, labels: -margin(logits, labels).sum()

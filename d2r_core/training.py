@@ -101,12 +101,12 @@ def fit(
 
     def validate(model: nn.Module) -> dict[str, float]:
         distributed.share_buffers(model)
-        share = validation.take(torch.arange(rank, len(validation), world, device=validation.labels.device))
-        with runtime.autocast(device, precision):
-            return {
-                name: evaluation.sharded_accuracy(model, share, attack, batch_size=batch_size // world, seed=seed)
-                for name, attack in criteria.items()
-            }
+        return {
+            name: evaluation.accuracy_under(
+                model, validation, attack, batch_size=batch_size // world, seed=seed, precision=precision
+            )
+            for name, attack in criteria.items()
+        }
 
     def candidate() -> nn.Module:
         """What is validated and kept after an epoch: the model, or the average with its own BatchNorm statistics."""

@@ -1,7 +1,6 @@
 """Stage `evaluate`: both models under attack on the test images; writes the figures that gate and report read."""
 
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from d2r_core import checkpoint, evaluation, files, runtime
-from d2r_core.attacks import margin, under_attack
+from d2r_core.attacks import under_attack
 from d2r_core.data import Split, balanced_order, load_split, to_float
 from d2r_core.evaluation import Attack, Outcome
 from tasks import lineage, stage
@@ -27,7 +26,7 @@ class Measurement(NamedTuple):
     """One model's figures, and what it said of every test image."""
 
     figures: dict[str, dict[str, Any]]  # by attack: accuracy, counts, eps, steps; see robustness.json
-    examples: pd.DataFrame  # attack, index, label, prediction, margin, correct
+    examples: pd.DataFrame  # attack, index, label, prediction, margin, correct, distance
 
 
 def measure(
@@ -37,17 +36,19 @@ def measure(
 
     AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0.
     """
-    torch.backends.cudnn.allow_tf32 = False  # reference figures are fp32
-    radius: dict[str, Any] = {"eps": settings.eps, "step_size": settings.step_size, "steps": settings.steps}
+    from tasks import autoattack
+
+    runtime.set_precision(settings.precision)
+    eps, norm = settings.eps, settings.norm
+    common: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed}
+    steps: dict[str, Any] = {"step_size": settings.step_size, "steps": settings.steps, "restarts": settings.restarts}
+    one_step = {"step_size": eps, "steps": 1, "restarts": 1}
+    none = {"eps": 0.0, "step_size": 0.0, "steps": 0, "restarts": 0}
     planned: list[tuple[str, dict[str, Any], Attack]] = [
-        ("clean", {"name": "clean", "eps": 0.0, "step_size": 0.0, "steps": 0}, evaluation.clean()),
-        (
-            "fgsm",
-            {"name": "FGSM", "eps": settings.eps, "step_size": settings.eps, "steps": 1},
-            evaluation.fgsm(settings.eps),
-        ),
-        ("pgd", {"name": f"PGD-{settings.steps}", **radius}, evaluation.pgd(**radius)),
-        ("cw", {"name": f"CW-{settings.steps}", **radius}, evaluation.cw(**radius)),
+        ("clean", {"name": "clean", **common, **none}, evaluation.clean()),
+        ("fgsm", {"name": "FGSM", **common, **one_step}, evaluation.fgsm(eps, norm)),
+        ("pgd", {"name": f"PGD-{settings.steps}", **common, **steps}, evaluation.pgd(eps, norm=norm, **steps)),
+        ("cw", {"name": f"CW-{settings.steps}", **common, **steps}, evaluation.cw(eps, norm=norm, **steps)),
     ]
     figures: dict[str, dict[str, Any]] = {}
     frames: list[pd.DataFrame] = []
@@ -63,6 +64,7 @@ def measure(
             "prediction": outcome.predictions.numpy(),
             "margin": outcome.margins.numpy(),
             "correct": correct.numpy(),
+            "distance": outcome.distances.numpy(),
         }
         frames.append(pd.DataFrame(columns))
         return correct
@@ -70,17 +72,35 @@ def measure(
     everything = torch.arange(len(split))
     standing = torch.ones(len(split), dtype=torch.bool)
     for key, what, attack in tqdm(planned, desc=description, disable=None, leave=False, file=sys.stderr):
-        outcome = evaluation.run(model, split, attack, batch_size=settings.batch_size, seed=seed)
+        outcome = evaluation.run(
+            model,
+            split,
+            attack,
+            batch_size=settings.batch_size,
+            seed=seed,
+            norm=norm,
+            precision=settings.precision,
+        )
         standing &= record(key, what, outcome, everything)
-    worst = {"name": "worst of these", **radius}
+    worst = {"name": "worst of these", **common, **steps}
     figures["worst"] = {**worst, **_counts(standing, split.labels, classes)}
     if settings.autoattack_images:
         index = balanced_order(split.labels, seed)[: settings.autoattack_images]
-        outcome = _autoattack(model, split.take(index), settings, classes=classes, seed=seed)
-        # AutoAttack sets its steps itself.
-        record(
-            "autoattack", {"name": "AutoAttack", "eps": settings.eps, "step_size": None, "steps": None}, outcome, index
+        stages = autoattack.attacks(settings.autoattack, eps=eps, norm=norm, seed=seed, classes=classes)
+        outcome, stood = evaluation.cascade(
+            model,
+            split.take(index),
+            stages,
+            numbers=index,
+            batch_size=settings.batch_size,
+            seed=seed,
+            norm=norm,
+            precision=settings.precision,
         )
+        name = "AutoAttack standard" if settings.autoattack == "standard" else f"{' + '.join(stages)} (quick)"
+        accuracies = [{"name": stage, "accuracy": count / len(index)} for stage, count in stood.items()]
+        itself = {"step_size": None, "steps": None, "restarts": None}
+        record("autoattack", {"name": name, "stages": accuracies, **common, **itself}, outcome, index)
     return Measurement(figures, pd.concat(frames, ignore_index=True))
 
 
@@ -104,9 +124,9 @@ def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
             "test_images": len(test),
         },
         "seed": settings.seed,
-        "precision": "fp32",
+        "precision": settings.evaluate.precision,
         "device": str(device),
-        "norm": "Linf",
+        "norm": settings.evaluate.norm,
         "settings_hash": settings.hash("seed", "evaluate"),
         "models": {
             name: {
@@ -145,37 +165,20 @@ def _counts(correct: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
     }
 
 
-def _autoattack(model: nn.Module, split: Split, settings: Evaluate, *, classes: int, seed: int) -> Outcome:
-    """AutoAttack standard (Croce & Hein 2020) by its authors' code."""
-    from pyautoattack import AutoAttack
-
-    device = next(model.parameters()).device
-    images, labels = to_float(split.images), split.labels
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    adversary = AutoAttack(model, norm="Linf", eps=settings.eps, seed=seed, device=device)
-    # Standard takes the 9 best other classes; where there are fewer, all of them.
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
-    with under_attack(model):
-        x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
-        with torch.no_grad():
-            logits = torch.cat([model(x.to(device)).float().cpu() for x in x_adv.split(settings.batch_size)])
-    return Outcome(logits.argmax(1), margin(logits, labels))
-
-
 def _gallery(models: Mapping[str, nn.Module], test: Split, settings: Settings) -> dict[str, Tensor]:
     """A few class-balanced test images with their PGD twins for each model, and what each model says of both."""
     evaluate = settings.evaluate
     index = balanced_order(test.labels, settings.seed)[:_GALLERY]
     chosen = test.take(index)
     tensors = {"index": index, "labels": chosen.labels, "clean": chosen.images}
-    attack = evaluation.pgd(evaluate.eps, evaluate.step_size, evaluate.steps)
+    attack = evaluation.pgd(evaluate.eps, evaluate.step_size, evaluate.steps, evaluate.norm, evaluate.restarts)
     for name, model in models.items():
+        device = next(model.parameters()).device
         with under_attack(model), torch.no_grad():
-            pairs = evaluation.perturb(model, chosen, attack, batch_size=len(chosen), seed=settings.seed)
-            ((batch, x_adv),) = pairs
-            tensors[f"{name}_adversarial"] = x_adv.cpu().contiguous()
-            tensors[f"{name}_clean_prediction"] = model(batch.images).argmax(1).cpu()
-            tensors[f"{name}_adversarial_prediction"] = model(x_adv).argmax(1).cpu()
+            x_adv = evaluation.perturb(model, chosen, attack, batch_size=len(chosen), seed=settings.seed, numbers=index)
+            tensors[f"{name}_adversarial"] = x_adv.contiguous()
+            tensors[f"{name}_clean_prediction"] = model(to_float(chosen.images).to(device)).argmax(1).cpu()
+            tensors[f"{name}_adversarial_prediction"] = model(x_adv.to(device)).argmax(1).cpu()
     return tensors
 
 

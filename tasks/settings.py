@@ -51,6 +51,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 # A distance between images in [0, 1]: a number, or a fraction such as "8/255".
 Distance = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_fraction)]
+Radius = Annotated[float, Field(gt=0.0, allow_inf_nan=False), BeforeValidator(_fraction)]  # L2 ones may exceed 1
 Text = Annotated[str, Field(min_length=1)]
 # YAML has lists, a frozen setting needs a tuple.
 Strides = Annotated[tuple[Count, Count, Count, Count], Strict(False), PlainSerializer(list)]
@@ -199,13 +200,18 @@ class Train(Optimisation):
 
 
 class Evaluate(Section):
-    """The attacks on the test images. FGSM, PGD, CW and AutoAttack share `eps` (Linf)."""
+    """The attacks on the test images. All of them share `norm` and `eps`."""
 
     batch_size: Count
-    eps: Distance
-    step_size: Distance  # of PGD and CW
+    norm: Literal["Linf", "L2"]
+    eps: Radius
+    step_size: Radius  # of PGD and CW
     steps: Count  # of PGD and CW
-    autoattack_images: CountOrZero  # AutoAttack standard runs on so many test images, class-balanced; 0: not run
+    restarts: Count  # of PGD and CW, each from its own random start
+    autoattack: Literal["quick", "standard"]  # quick: its APGD-CE and APGD-T alone
+    autoattack_images: CountOrZero  # AutoAttack runs on so many test images, class-balanced; 0: not run
+    check_images: Count  # curves and self-checks stand on so many test images, class-balanced
+    precision: Literal["fp32", "tf32", "bf16"]  # of the networks' passes; fp32 is the reference
 
 
 class Report(Section):

@@ -93,7 +93,7 @@ def test_attacks_grow_stronger_from_noise_to_fgsm_to_pgd_and_with_eps() -> None:
         return evaluation.accuracy(outcome.correct(images.labels))
 
     eps = 0.15
-    noise = accuracy(lambda model, x, y, noise: (x + eps * noise.sign()).clamp(0, 1))
+    noise = accuracy(lambda model, x, y, noise: (x + eps * noise(0).sign()).clamp(0, 1))
     fgsm, pgd = accuracy(evaluation.fgsm(eps)), accuracy(evaluation.pgd(eps, eps / 4, 20))
     assert accuracy(evaluation.clean()) >= noise >= fgsm >= pgd
     assert pgd < noise

@@ -1,0 +1,305 @@
+"""Does the evaluation deserve trust? Checks after Carlini et al. 2019 (section 5), Athalye et al. 2018, and AutoAttack.
+
+A model that hides its gradients looks robust to the attacks that need them. Each check asks for something that holds
+wherever they work, and fails where they do not. docs/evaluation.md explains each under its key.
+"""
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2r_core import evaluation, norms, runtime
+from d2r_core.attacks import under_attack
+from d2r_core.curves import EpsCurve, StepsCurve, last_iterate
+from d2r_core.data import Split, to_float
+from d2r_core.evaluation import Attack, Noise
+from d2r_core.losses import full
+from d2r_core.norms import Norm
+from d2r_core.runtime import Precision
+from d2r_core.statistics import sign_test
+
+_CHANCE = 1e-3  # two attacks differ where chance alone would make as much of a difference less often than this,
+_RESOLUTION = 0.01  # and where it concerns more than this share of the images: less changes no figure that matters
+_ROUNDING: Mapping[Precision, float] = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of the largest logit
+_PIXEL = 1e-6  # what fp32 may add to a pixel's distance, with room to spare
+_QUARTER = 0.25  # of eps; see noise
+
+
+class Check(NamedTuple):
+    key: str
+    name: str  # what is expected
+    passed: bool | None  # None: could not be asked
+    found: str  # one sentence with the figures
+
+
+class Comparison(NamedTuple):
+    """Two attacks on the same images; the second is expected to be at least as strong."""
+
+    exceptions: int  # images that only the first fools
+    others: int  # images that only the second fools
+    images: int
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> "Comparison":
+        """From the images that stand under each, bool (N,)."""
+        return cls(int((~first & second).sum()), int((first & ~second).sum()), len(first))
+
+    @property
+    def chance(self) -> float:
+        """The probability of so many exceptions, were both equally strong."""
+        return sign_test(self.exceptions, self.others)
+
+    @property
+    def holds(self) -> bool:
+        return self.chance >= _CHANCE or self.exceptions - self.others <= _RESOLUTION * self.images
+
+
+def examine(
+    model: nn.Module,
+    split: Split,
+    *,
+    eps_curve: EpsCurve,
+    steps_curve: StepsCurve,
+    distances: Mapping[str, Tensor],
+    saved: tuple[Tensor, Tensor],
+    eps: float,
+    step_size: float,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    norm: Norm = "Linf",
+    other: tuple[str, nn.Module] | None = None,
+    black_box: Attack | None = None,
+    numbers: Tensor | None = None,
+    precision: Precision = "fp32",
+) -> list[Check]:
+    """All self-checks of `model`, on the images of its two curves.
+
+    Args:
+        eps_curve, steps_curve: of this model on `split`; see curves.
+        distances: by attack, the sizes of the perturbations as recorded, float64 (N,) of whatever images.
+        saved: clean images uint8 (G, 3, H, W) and their adversarial ones float32, as recorded.
+        eps, step_size, steps, norm: of the evaluation's PGD.
+        other: what another model is called, and the model: its adversarial images must not fool this one better.
+        black_box: an attack at `eps` that uses no gradients (AutoAttack's Square).
+        numbers: the images' numbers in the test split; see evaluation.run.
+    """
+    numbers = torch.arange(len(split)) if numbers is None else numbers
+    clean, white = eps_curve.standing(0.0), eps_curve.standing(eps)
+
+    def standing(attack: Attack) -> Tensor:
+        """The images right clean and under `attack`."""
+        outcome = evaluation.run(
+            model, split, attack, batch_size=batch_size, seed=seed, norm=norm, numbers=numbers, precision=precision
+        )
+        return outcome.correct(split.labels.cpu()) & clean
+
+    before = _state(model)
+    with under_attack(model), runtime.autocast(next(model.parameters()).device, precision):
+        training = any(module.training for module in model.modules())
+        answers, again = (
+            _logits(model, split, size) for size in (batch_size, max(1, min(batch_size, len(split)) // 2))
+        )
+        sizes = _gradient_sizes(model, split, eps, norm, batch_size=batch_size, seed=seed, numbers=numbers)
+    crafted = standing(_crafted_on(other[1], last_iterate(eps, step_size, steps, norm))) if other else None
+    found = [
+        more_steps(steps_curve, clean),
+        large_eps(eps_curve),
+        _white_box("black_box", "black box", standing(black_box) if black_box else None, white, "the black box"),
+        _white_box("transfer", "transfer", crafted, white, f"what fools the {other[0]}" if other else "another model"),
+        gradients(sizes[:, clean]),
+        noise(standing(_random_step(eps, norm)), eps_curve.standing(_QUARTER * eps), clean, eps),
+        logits(answers),
+    ]
+    after = _state(model)
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    return [
+        *found,
+        eval_mode(answers, again, training=training, changed=changed, precision=precision),
+        perturbation(distances, saved, eps, norm),
+    ]
+
+
+def more_steps(curve: StepsCurve, clean: Tensor) -> Check:
+    """No longer run of PGD may be weaker than a shorter one."""
+    runs = curve.standing & clean
+    numbers = [point["steps"] for point in curve.points]
+    compared = {
+        (fewer, more): Comparison.of(runs[first], runs[second])
+        for (first, fewer), (second, more) in combinations(enumerate(numbers), 2)
+    }
+    (fewer, more), worst = min(compared.items(), key=lambda item: (item[1].holds, item[1].chance))
+    accuracies = ", ".join(
+        f"{number}: {_percent(int(run.sum()), len(run))}" for number, run in zip(numbers, runs, strict=True)
+    )
+    found = f"Accuracy by number of steps is {accuracies}"
+    if not worst.holds:
+        found += f"; {fewer} steps fool {worst.exceptions} images that {more} do not, and {worst.others} the other way"
+    return Check("more_steps", "More steps are never weaker", worst.holds, f"{found}.")
+
+
+def large_eps(curve: EpsCurve) -> Check:
+    """A ball that holds every image holds one of another class: nothing may stand."""
+    last = curve.points[-1]
+    found = f"At eps {last['eps']:.4g}, {last['correct']} of {last['images']} images stand."
+    return Check("large_eps", "A large eps fools every image", last["correct"] == 0, found)
+
+
+def gradients(sizes: Tensor) -> Check:
+    """PGD is blind where the loss has no gradient.
+
+    Args:
+        sizes: the largest component of the gradient of each image that the model gets right, at two points, (2, N).
+    """
+    name = "Gradients are neither zero nor NaN"
+    if not sizes.shape[1]:
+        return Check("gradients", name, None, "The model gets no image right, so there is nothing to attack.")
+    images = sizes.shape[1]
+    broken = int((~sizes.isfinite()).any(0).sum())
+    blind = int((sizes == 0).any(0).sum())
+    found = f"Of {images} images, the loss has a zero gradient at {blind}, and one that is not finite at {broken}."
+    return Check("gradients", name, not broken and blind <= _RESOLUTION * images, found)
+
+
+def noise(noisy: Tensor, quarter: Tensor, clean: Tensor, eps: float) -> Check:
+    """A random step of length eps must be no stronger than PGD at a quarter of it.
+
+    In D dimensions, on a boundary that is flat at this scale, noise is as harmful as an attack of about eps / sqrt(D)
+    (Fawzi et al. 2016): two of its standard deviations are a sixth of eps at 8 x 8 pixels, a 20th at 32 x 32.
+    """
+    compared = Comparison.of(noisy, quarter)
+    right = int(clean.sum())
+    found = (
+        f"Of {right} images, random noise of size {eps:.4g} fools {right - int(noisy.sum())}, "
+        f"PGD at a quarter of it {right - int(quarter.sum())}."
+    )
+    return Check("noise", "Random noise is almost harmless", compared.holds, found)
+
+
+def logits(answers: Tensor) -> Check:
+    """Losses expect logits: of probabilities, or of logarithms that were saturated, their gradients vanish.
+
+    Args:
+        answers: the model's outputs, float32 (N, C).
+    """
+    images = len(answers)
+    lowest, highest = float(answers.min()), float(answers.max())
+    broken = int((~answers.isfinite()).any(1).sum())
+    certain = int((answers.amax(1) == 0).sum())
+    normalised = bool((answers.logsumexp(1).abs() < 1e-3).all())
+    passed, found = False, f"The outputs lie between {lowest:.3g} and {highest:.3g}"
+    if broken:
+        found = f"The outputs of {broken} of {images} images are not finite"
+    elif lowest >= 0 and highest <= 1:
+        found += f": {'probabilities' if ((answers.sum(1) - 1).abs() < 1e-3).all() else 'not the range of logits'}"
+    elif normalised and certain:
+        found += f": logarithms of probabilities, rounded to 1 for {certain} of {images} images"
+    else:
+        passed = True
+    return Check("logits", "The outputs are logits", passed, f"{found}.")
+
+
+def eval_mode(answers: Tensor, again: Tensor, *, training: bool, changed: list[str], precision: Precision) -> Check:
+    """Dropout, noise and BatchNorm's batch statistics make a moving target; random answers are no robustness.
+
+    Args:
+        answers, again: the outputs on the same images in two batch sizes, float32 (N, C).
+        training: whether any module is in training mode.
+        changed: parameters and buffers that the attacks changed.
+    """
+    moved = float((answers - again).abs().max() / answers.abs().max().clamp_min(1e-30))
+    found = f"Asked twice in other batches, the outputs differ by {moved:.1g} of the largest one"
+    if training:
+        found += "; a module is in training mode"
+    if changed:
+        found += f"; the attacks changed {', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}"
+    passed = moved <= _ROUNDING[precision] and not training and not changed
+    return Check("eval_mode", "The model is in eval mode and deterministic", passed, f"{found}.")
+
+
+def perturbation(distances: Mapping[str, Tensor], saved: tuple[Tensor, Tensor], eps: float, norm: Norm) -> Check:
+    """What was recorded must lie within eps and [0, 1], measured in fp64."""
+    clean, adversarial = (images.cpu() for images in saved)
+    sizes = {**distances, "saved": norms.size(adversarial.double() - clean.double() / 255, norm)}
+    largest = max((float(found.max()) for found in sizes.values() if len(found)), default=0.0)
+    finite = all(bool(found.isfinite().all()) for found in sizes.values())
+    lowest, highest = float(adversarial.min()), float(adversarial.max())
+    allowed = _PIXEL * (1.0 if norm == "Linf" else clean[0].numel() ** 0.5)
+    within = finite and largest <= eps + allowed and lowest >= 0 and highest <= 1
+    found = (
+        f"The largest of {sum(map(len, sizes.values()))} perturbations is {largest:.8g} ({norm}, eps {eps:.8g}); "
+        f"pixels lie between {lowest:.8g} and {highest:.8g}."
+    )
+    return Check("perturbation", "Perturbations stay within eps and [0, 1]", within, found)
+
+
+def _white_box(key: str, name: str, first: Tensor | None, white: Tensor, what: str) -> Check:
+    """An attack that does not see the model's gradients must be no stronger than PGD, which does."""
+    title = f"White box is at least as strong as {name}"
+    if first is None:
+        return Check(key, title, None, f"Not asked: {what} was not given.")
+    compared = Comparison.of(first, white)
+    found = (
+        f"Of {compared.images} images, {what} alone fools {compared.exceptions} and PGD alone {compared.others}; "
+        f"{int(first.sum())} and {int(white.sum())} stand."
+    )
+    return Check(key, title, compared.holds, found)
+
+
+def _crafted_on(other: nn.Module, attack: Attack) -> Attack:
+    """The adversarial images of another model."""
+    return lambda model, x, y, noise: attack(other, x, y, noise)
+
+
+def _random_step(eps: float, norm: Norm) -> Attack:
+    """A step of length eps in a random direction: for Linf, to a random corner of the ball."""
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return (x + norms.steepest(noise(0), eps, norm)).clamp(0.0, 1.0)
+
+    return attack
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def _logits(model: nn.Module, split: Split, batch_size: int) -> Tensor:
+    """float32 (N, C), on the CPU."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), runtime.eager(runtime.is_compiled(model)):
+        batches = [full(model(to_float(images.to(device)))).float().cpu() for images in split.images.split(batch_size)]
+    return torch.cat(batches)
+
+
+def _gradient_sizes(
+    model: nn.Module, split: Split, eps: float, norm: Norm, *, batch_size: int, seed: int, numbers: Tensor
+) -> Tensor:
+    """The largest component of the cross-entropy's gradient at each image and at PGD's random start, (2, N)."""
+
+    def start(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return (x + norms.start(noise(0), eps, norm)).clamp(0.0, 1.0)
+
+    sizes = []
+    for attack in (evaluation.clean(), start):
+        batches = evaluation.perturb(model, split, attack, batch_size=batch_size, seed=seed, numbers=numbers)
+        sizes.append(torch.cat([_largest_gradient(model, x, batch.labels) for batch, x in batches]))
+    return torch.stack(sizes).cpu()
+
+
+def _largest_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(full(model(x)), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    return gradient.abs().flatten(1).amax(1)
+
+
+def _percent(count: int, images: int) -> str:
+    return f"{count / images:.1%}"

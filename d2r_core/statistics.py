@@ -1,0 +1,55 @@
+"""How far counted accuracies can be trusted: intervals, and whether one attack fools more images than another."""
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+_Z = 1.959963984540054  # the normal distribution's 97.5 % point
+_RESAMPLES = 10_000
+
+
+def wilson(correct: int, images: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, 0 to 1 (Wilson 1927): of use at 0 % and 100 % too, and for few images."""
+    assert 0 <= correct <= images > 0
+    share, spread = correct / images, _Z * _Z / images
+    centre = share + spread / 2
+    half = _Z * math.sqrt(share * (1 - share) / images + spread / images / 4)
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    # Exact at the ends, where rounding would leave 1e-17.
+    return (0.0 if correct == 0 else low), (1.0 if correct == images else high)
+
+
+def paired_bootstrap(a: Tensor, b: Tensor, *, seed: int) -> tuple[float, float]:
+    """The 95 % percentile interval of mean(a) - mean(b), resampling the images (Efron 1979).
+
+    Args:
+        a, b: bool (N,), two models' answers (right or not) to the same images. Paired, because an image that is hard
+            for one is hard for the other: the interval is narrower than that of two unrelated samples.
+
+    Where no image tells the two apart, the interval is [0, 0] however few the images are.
+    """
+    assert a.shape == b.shape
+    assert len(a) > 0
+    difference = a.int() - b.int()
+    images = len(difference)
+    # A resample of the images is a multinomial draw of how many are won, lost and equal.
+    won, lost = int((difference == 1).sum()), int((difference == -1).sum())
+    shares = np.array([won, lost, images - won - lost]) / images
+    draws = np.random.default_rng(seed).multinomial(images, shares, size=_RESAMPLES)
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / images, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def sign_test(exceptions: int, others: int) -> float:
+    """How likely chance alone makes so many exceptions, 0 to 1: the exact one-sided McNemar test (McNemar 1947).
+
+    Args:
+        exceptions: images that only the attack fools which should be the weaker one.
+        others: images that only the stronger attack fools.
+
+    Returns:
+        The probability of `exceptions` or more among these images, were each as likely to be one as the other.
+    """
+    images = exceptions + others
+    return sum(math.comb(images, count) for count in range(exceptions, images + 1)) / 2**images
