@@ -116,6 +116,7 @@ def _by_gradient(run: _Run, targets: int, **counts: Any) -> Attack:
     """The targets in turn, each on the images that still stand; `counts` is what _Asked takes for them."""
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        x = x.contiguous()  # their code takes views of it
         found = x.clone()
         with _attacked(model):
             logits = full(model(x))
@@ -207,6 +208,7 @@ def _square(eps: float, norm: Norm, seed: int) -> Attack:
     """The score-based Square attack (Andriushchenko et al. 2020): queries only, no gradient."""
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        x = x.contiguous()  # their code takes views of it
         found = x.clone()
         with _attacked(model):
             standing = (full(model(x)).argmax(1) == y).nonzero().squeeze(1)

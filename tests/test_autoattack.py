@@ -1,0 +1,105 @@
+"""AutoAttack: the authors' own survivors, whatever the batch, the processes or the company that an image is in."""
+
+from typing import Any
+
+import digits
+import pytest
+import torch
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack
+from torch import Tensor, nn
+
+from d2r_core import evaluation
+from d2r_core.data import Split, to_float
+from d2r_core.evaluation import Outcome
+from d2r_core.norms import Norm
+from tasks import autoattack
+
+BUDGET = {"_STEPS": 20, "_QUERIES": 200, "_TARGETS": 3}  # of the tests
+RADII: dict[Norm, float] = {"Linf": digits.EPS, "L2": 0.9}
+NAMES = ["APGD-CE", "APGD-T", "FAB-T", "Square"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in BUDGET.items():
+        monkeypatch.setattr(autoattack, name, value)
+
+
+def ours(norm: Norm, classes: int = 10) -> dict[str, evaluation.Attack]:
+    return autoattack.attacks("standard", eps=RADII[norm], norm=norm, seed=0, classes=classes)
+
+
+def theirs(model: nn.Module, norm: Norm, steps: int = 20, queries: int = 200) -> AutoAttack:
+    adversary = AutoAttack(model, norm=norm, eps=RADII[norm], seed=0)
+    for part in (adversary.apgd, adversary.apgd_targeted):
+        part.n_iter = part.n_iter_orig = steps
+        part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+    adversary.fab.n_iter = steps
+    adversary.square.n_queries = queries
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = 3
+    return adversary
+
+
+def run(attack: evaluation.Attack, split: Split, norm: Norm, **options: Any) -> Outcome:
+    return evaluation.run(digits.model(), split, attack, norm=norm, seed=0, **{"batch_size": 100, **options})
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_survivors_are_those_of_the_authors_code(norm: Norm) -> None:
+    model, split = digits.model(), digits.unseen(60)
+    x, y = to_float(split.images), split.labels
+    plain = theirs(model, norm).run_standard_evaluation_individual(x, y, batch_size=60)
+    clean = run(evaluation.clean(), split, norm).correct(y)
+    for attack, (x_adv, _) in zip(ours(norm).values(), plain.values(), strict=True):
+        outcome = run(attack, split, norm)
+        survivors = model(x_adv).argmax(1) == y
+        assert torch.equal(outcome.correct(y), survivors)
+        assert survivors.sum() < clean.sum()
+        assert outcome.distances.max() <= RADII[norm] + 1e-6
+    x_adv, _ = theirs(model, norm).run_standard_evaluation(x, y, batch_size=60)
+    outcome, stood = evaluation.cascade(model, split, ours(norm), batch_size=60, seed=0, norm=norm)
+    assert torch.equal(outcome.correct(y), model(x_adv).argmax(1) == y)
+    assert list(stood) == NAMES
+    assert list(stood.values()) == sorted(stood.values(), reverse=True)
+
+
+def test_from_the_same_start_apgd_finds_the_same_images_as_the_authors_code() -> None:
+    model, split = digits.model(), digits.unseen(60)
+    right = run(evaluation.clean(), split, "Linf").correct(split.labels)
+    split = split.take(right.nonzero().squeeze(1))
+    x, y = to_float(split.images), split.labels
+    first = x.clone()  # what first misled the model, or x
+
+    def watched(images: Tensor) -> Tensor:
+        logits: Tensor = model(images)
+        if len(images) == len(x):
+            new = (logits.argmax(1) != y) & (first == x).flatten(1).all(1)
+            first[new] = images[new].detach()
+        return logits
+
+    plain = APGDAttack(watched, n_iter=20, eps=digits.EPS, seed=0, device=torch.device("cpu"))
+    plain.perturb(x, y)
+    torch.manual_seed(0)
+    start = 2 * torch.rand(x.shape) - 1
+    found = ours("Linf")["APGD-CE"](model, x, y, lambda restart: start)
+    fell = (first != x).flatten(1).any(1)
+    assert 0 < fell.sum() < len(x)
+    torch.testing.assert_close(found[fell], first[fell], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_image_depends_on_its_company(norm: Norm, name: str) -> None:
+    split, attack = digits.unseen(40), ours(norm)[name]
+    whole = run(attack, split, norm)
+    for size in (1, 7):
+        same(run(attack, split, norm, batch_size=size), whole)
+    few = torch.tensor([31, 2, 17, 8, 25])
+    same(run(attack, split.take(few), norm, numbers=few), Outcome(*(column[few] for column in whole)))
+
+
+def same(one: Outcome, other: Outcome) -> None:
+    assert torch.equal(one.predictions, other.predictions)
+    torch.testing.assert_close(one.margins, other.margins, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one.distances, other.distances, rtol=1e-3, atol=1e-3)
