@@ -1,0 +1,194 @@
+"""The GPU list: measurements for a rented GPU, in slices that may end at any moment; see gpu.sh."""
+
+import argparse
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gpu_figures
+import gpu_luggage
+import gpu_programs
+import gpu_recipe
+import gpu_results
+import torch
+from gpu_recipe import Recipe, Stop
+
+from d2r_core import runtime
+from d2r_core.data import Split
+from d2r_core.errors import UserError
+from d2r_core.interruption import Interrupted, stop_requests
+
+CIFAR10 = {
+    "cifar10-d2r": ("CIFAR-10, PreActResNet-18, D2R as published", Recipe()),
+    "cifar10-d2r-awp-ema": (
+        "CIFAR-10, PreActResNet-18, D2R with AWP (0.005 from epoch 11) and averaged weights (EMA 0.999)",
+        Recipe(awp_gamma=0.005, average="ema"),
+    ),
+    "cifar10-trades": ("CIFAR-10, PreActResNet-18, TRADES (beta 6) at the same budget", Recipe(method="trades")),
+    "cifar10-wide": (
+        "CIFAR-10, WideResNet-34-10, D2R as published, as far as the time went",
+        Recipe(target={"name": "wide_resnet", "depth": 34, "widen_factor": 10}),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`work` goes on until it is done, or raises Interrupted; `figures` says what there is so far ("" for nothing)."""
+
+    key: str
+    title: str
+    where: Path  # its state
+    work: Callable[[Stop, float | None], None]  # why to stop now, and after how many minutes
+    figures: Callable[[], str]
+    open_ended: bool = False  # its figures count however far it came
+
+
+def measurements(state: Path, data: Mapping[str, Split], device: torch.device, *, miniature: bool) -> list[Measurement]:
+    """The list, in its order. In miniature it takes the same ways with tiny models and few images."""
+    batch = ["--batch", "1", "--rounds", "1"] if miniature else ["--batch", "128", "--rounds", "5"]
+    programs = {
+        "GPU tests": ["tests/test_gpu.py"],
+        "The step, PreActResNet-18": ["benchmarks/step.py", "--model", "preact_resnet18", *batch],
+    }
+    if not miniature:
+        programs["The step, WideResNet-34-10"] = ["benchmarks/step.py", "--model", "wide_resnet", *batch]
+        programs["Precisions"] = ["benchmarks/precision.py"]
+    where = state / f"programs-{gpu_luggage.commit().split()[0]}"
+    listed = [
+        Measurement(
+            "programs",
+            "GPU tests, the step, the precisions",
+            where,
+            lambda stop, minutes: gpu_programs.run(programs, where, stop),
+            lambda: gpu_programs.figures(programs, where),
+        )
+    ]
+    for key, (title, recipe) in CIFAR10.items():
+        chosen = tiny(recipe) if miniature else recipe
+        listed.append(trained(key, title, chosen, state, data, device, evaluates=key != "cifar10-wide"))
+    return listed
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """The recipe in miniature: three epochs of a small network, attacks of two steps, the quick AutoAttack."""
+    small = {"name": "wide_resnet", "depth": 10, "widen_factor": 1}
+    return replace(
+        recipe,
+        target=small,
+        guidance=small,
+        epochs=3,
+        batch_size=32,
+        crop_padding=1,
+        steps=2,
+        awp_from_epoch=2,
+        attack_steps=2,
+        autoattack="quick",
+        batch_size_attacked=8,
+        shard=16,
+    )
+
+
+def trained(
+    key: str,
+    title: str,
+    recipe: Recipe,
+    state: Path,
+    data: Mapping[str, Split],
+    device: torch.device,
+    *,
+    evaluates: bool,
+) -> Measurement:
+    """A recipe's training and, if it `evaluates`, its evaluation."""
+    where = gpu_recipe.folder(state, key, recipe, data)
+
+    def work(stop: Stop, minutes: float | None) -> None:
+        if evaluates:
+            gpu_luggage.provide_autoattack()  # now, not after the training
+        gpu_recipe.train(recipe, data, where, device, minutes)
+        if evaluates:
+            gpu_recipe.evaluate(recipe, data["test"], where, device, stop)
+
+    return Measurement(key, title, where, work, lambda: gpu_figures.of(recipe, where, data), open_ended=not evaluates)
+
+
+def due(listed: list[Measurement], stamps: Mapping[str, str], commit: str) -> list[Measurement]:
+    """What there is to do: what was begun, then what was never measured, then the oldest; each in the list's order."""
+    dates = {key: stamp.split()[-1] for key, stamp in stamps.items() if stamp != gpu_results.UNFINISHED}
+    waiting = [one for one in listed if one.where.exists() or stamps.get(one.key) != commit]
+    return sorted(waiting, key=lambda one: (not one.where.exists(), dates.get(one.key, "")))
+
+
+def slice_of(listed: list[Measurement], results: Path, machine: str, minutes: float | None) -> None:
+    """Do what is due until the time is up; figures go into `results`. Raises Interrupted when something is left."""
+    commit = gpu_luggage.commit()
+    with stop_requests(minutes) as stop:
+        deadline = time.monotonic() / 60 + (minutes if minutes is not None else math.inf)
+        for one in due(listed, gpu_results.stamps(results), commit):
+            print(f"{one.title}", flush=True)
+            interruption = None
+            try:
+                one.work(stop, None if minutes is None else max(0.0, deadline - time.monotonic() / 60))
+            except Interrupted as stopped:
+                interruption = stopped
+            stamp = gpu_results.UNFINISHED if interruption and not one.open_ended else commit
+            stands = gpu_results.stamps(results).get(one.key, gpu_results.UNFINISHED)
+            if (text := one.figures()) and (stamp == commit or stands == gpu_results.UNFINISHED):
+                state = " Unfinished." if stamp == gpu_results.UNFINISHED else ""
+                gpu_results.write(
+                    results, one.key, stamp, f"### {one.title}\n{machine}, commit {commit}.{state}\n\n{text}"
+                )
+            if interruption:
+                raise interruption
+            finished = one.where.parent / "finished" / one.where.name
+            finished.parent.mkdir(exist_ok=True)
+            one.where.replace(finished)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bring", action="store_true", help="pack what a rented machine lacks into .gpu/, and stop")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the next slice carries on")
+    parser.add_argument("--state", type=Path, default=gpu_luggage.LUGGAGE / "state", help="folder of the state")
+    parser.add_argument("--results", type=Path, default=gpu_luggage.ROOT / "docs/results.md", help="where figures go")
+    parser.add_argument("--miniature", action="store_true", help="the whole list, tiny, on a CPU")
+    arguments = parser.parse_args()
+    prepared = gpu_luggage.ROOT / "data/prepared"
+    try:
+        if arguments.bring:
+            gpu_luggage.pack(prepared)
+            return
+        device = runtime.device("cpu" if arguments.miniature else "cuda")
+        machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+        data = miniature_data() if arguments.miniature else gpu_luggage.data(prepared)
+        listed = measurements(arguments.state, data, device, miniature=arguments.miniature)
+        slice_of(listed, arguments.results, f"{machine}, torch {torch.__version__}", arguments.minutes)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interruption:
+        print(f"interrupted: {interruption}", file=sys.stderr)
+        sys.exit(130)
+    print(f"everything on the list is measured; see {arguments.results}")
+
+
+def miniature_data() -> dict[str, Split]:
+    """Four classes of 16 x 16 images, each a bright quarter in noise."""
+
+    def split(seed: int, count: int) -> Split:
+        labels = torch.arange(count) % 4
+        stream = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 160, (count, 3, 16, 16), generator=stream)
+        for place, label in enumerate(labels.tolist()):
+            row, column = 8 * (label // 2), 8 * (label % 2)
+            images[place, :, row : row + 8, column : column + 8] += 80
+        return Split(images.to(torch.uint8), labels)
+
+    return {"train": split(0, 128), "validation": split(1, 32), "test": split(2, 32)}
+
+
+if __name__ == "__main__":
+    main()
