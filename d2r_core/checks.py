@@ -6,6 +6,7 @@ wherever they work, and fails where they do not. docs/evaluation.md explains eac
 
 from collections.abc import Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,8 @@ from d2r_core.evaluation import Attack, Noise
 from d2r_core.losses import full
 from d2r_core.norms import Norm
 from d2r_core.runtime import Precision
-from d2r_core.statistics import sign_test
+from d2r_core.statistics import RESOLUTION, Comparison
 
-_CHANCE = 1e-3  # two attacks differ where chance alone would make as much of a difference less often than this,
-_RESOLUTION = 0.01  # and where it concerns more than this share of the images: less changes no figure that matters
 _ROUNDING: Mapping[Precision, float] = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of the largest logit
 _PIXEL = 1e-6  # what fp32 may add to a pixel's distance, with room to spare
 _QUARTER = 0.25  # of eps; see noise
@@ -34,28 +33,6 @@ class Check(NamedTuple):
     name: str  # what is expected
     passed: bool | None  # None: could not be asked
     found: str  # one sentence with the figures
-
-
-class Comparison(NamedTuple):
-    """Two attacks on the same images; the second is expected to be at least as strong."""
-
-    exceptions: int  # images that only the first fools
-    others: int  # images that only the second fools
-    images: int
-
-    @classmethod
-    def of(cls, first: Tensor, second: Tensor) -> "Comparison":
-        """From the images that stand under each, bool (N,)."""
-        return cls(int((~first & second).sum()), int((first & ~second).sum()), len(first))
-
-    @property
-    def chance(self) -> float:
-        """The probability of so many exceptions, were both equally strong."""
-        return sign_test(self.exceptions, self.others)
-
-    @property
-    def holds(self) -> bool:
-        return self.chance >= _CHANCE or self.exceptions - self.others <= _RESOLUTION * self.images
 
 
 def examine(
@@ -74,8 +51,9 @@ def examine(
     norm: Norm = "Linf",
     other: tuple[str, nn.Module] | None = None,
     black_box: Attack | None = None,
-    numbers: Tensor | None = None,
     precision: Precision = "fp32",
+    numbers: Tensor | None = None,
+    folder: Path | None = None,
 ) -> list[Check]:
     """All self-checks of `model`, on the images of its two curves.
 
@@ -86,15 +64,25 @@ def examine(
         eps, step_size, steps, norm: of the evaluation's PGD.
         other: what another model is called, and the model: its adversarial images must not fool this one better.
         black_box: an attack at `eps` that uses no gradients (AutoAttack's Square).
-        numbers: the images' numbers in the test split; see evaluation.run.
+        batch_size, seed, precision, numbers, folder: as evaluation.run takes them.
+
+    Under torchrun every process calls it alike and gets all checks.
     """
     numbers = torch.arange(len(split)) if numbers is None else numbers
     clean, white = eps_curve.standing(0.0), eps_curve.standing(eps)
 
-    def standing(attack: Attack) -> Tensor:
+    def standing(key: str, attack: Attack) -> Tensor:
         """The images right clean and under `attack`."""
         outcome = evaluation.run(
-            model, split, attack, batch_size=batch_size, seed=seed, norm=norm, numbers=numbers, precision=precision
+            model,
+            split,
+            attack,
+            batch_size=batch_size,
+            seed=seed,
+            norm=norm,
+            precision=precision,
+            numbers=numbers,
+            folder=folder / key if folder else None,
         )
         return outcome.correct(split.labels.cpu()) & clean
 
@@ -105,14 +93,16 @@ def examine(
             _logits(model, split, size) for size in (batch_size, max(1, min(batch_size, len(split)) // 2))
         )
         sizes = _gradient_sizes(model, split, eps, norm, batch_size=batch_size, seed=seed, numbers=numbers)
-    crafted = standing(_crafted_on(other[1], last_iterate(eps, step_size, steps, norm))) if other else None
+    queried = standing("black_box", black_box) if black_box else None
+    crafted = standing("transfer", _crafted_on(other[1], eps, step_size, steps, norm)) if other else None
+    noisy = standing("noise", _random_step(eps, norm))
     found = [
         more_steps(steps_curve, clean),
         large_eps(eps_curve),
-        _white_box("black_box", "black box", standing(black_box) if black_box else None, white, "the black box"),
+        _white_box("black_box", "black box", queried, white, "the black box"),
         _white_box("transfer", "transfer", crafted, white, f"what fools the {other[0]}" if other else "another model"),
         gradients(sizes[:, clean]),
-        noise(standing(_random_step(eps, norm)), eps_curve.standing(_QUARTER * eps), clean, eps),
+        noise(noisy, eps_curve.standing(_QUARTER * eps), clean, eps),
         logits(answers),
     ]
     after = _state(model)
@@ -162,7 +152,7 @@ def gradients(sizes: Tensor) -> Check:
     broken = int((~sizes.isfinite()).any(0).sum())
     blind = int((sizes == 0).any(0).sum())
     found = f"Of {images} images, the loss has a zero gradient at {blind}, and one that is not finite at {broken}."
-    return Check("gradients", name, not broken and blind <= _RESOLUTION * images, found)
+    return Check("gradients", name, not broken and blind <= RESOLUTION * images, found)
 
 
 def noise(noisy: Tensor, quarter: Tensor, clean: Tensor, eps: float) -> Check:
@@ -250,8 +240,9 @@ def _white_box(key: str, name: str, first: Tensor | None, white: Tensor, what: s
     return Check(key, title, compared.holds, found)
 
 
-def _crafted_on(other: nn.Module, attack: Attack) -> Attack:
-    """The adversarial images of another model."""
+def _crafted_on(other: nn.Module, eps: float, step_size: float, steps: int, norm: Norm) -> Attack:
+    """The adversarial images of another model, after all steps: those that just fool it seldom fool a second one."""
+    attack = last_iterate(eps, step_size, steps, norm)
     return lambda model, x, y, noise: attack(other, x, y, noise)
 
 
@@ -282,20 +273,20 @@ def _gradient_sizes(
     model: nn.Module, split: Split, eps: float, norm: Norm, *, batch_size: int, seed: int, numbers: Tensor
 ) -> Tensor:
     """The largest component of the cross-entropy's gradient at each image and at PGD's random start, (2, N)."""
-
-    def start(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return (x + norms.start(noise(0), eps, norm)).clamp(0.0, 1.0)
-
+    device = next(model.parameters()).device
     sizes = []
-    for attack in (evaluation.clean(), start):
-        batches = evaluation.perturb(model, split, attack, batch_size=batch_size, seed=seed, numbers=numbers)
-        sizes.append(torch.cat([_largest_gradient(model, x, batch.labels) for batch, x in batches]))
-    return torch.stack(sizes).cpu()
+    for index in torch.arange(len(split)).split(batch_size):
+        images, labels = split.take(index.to(split.labels.device)).to(device)
+        x = to_float(images)
+        draw = evaluation.noise_of(numbers[index], x.shape[1:], seed=seed, device=device)(0)
+        start = (x + norms.start(draw, eps, norm)).clamp(0.0, 1.0)
+        sizes.append(torch.stack([_largest_gradient(model, point, labels) for point in (x, start)]))
+    return torch.cat(sizes, 1).cpu()
 
 
 def _largest_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), runtime.eager(runtime.is_compiled(model)):
         loss = F.cross_entropy(full(model(x)), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, x)
     return gradient.abs().flatten(1).amax(1)

@@ -1,6 +1,7 @@
 """Robust accuracy against eps and against the number of steps, under PGD (Carlini et al. 2019)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ from d2r_core.data import Split
 from d2r_core.evaluation import Attack, Noise
 from d2r_core.losses import full
 from d2r_core.norms import Norm
-from d2r_core.runtime import Precision
 from d2r_core.statistics import wilson
 
 _FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of the evaluation's eps; from there it doubles
@@ -42,12 +42,11 @@ def against_eps(
     eps: float,
     step_size: float,
     steps: int,
-    batch_size: int,
-    seed: int,
-    norm: Norm = "Linf",
     restarts: int = 1,
+    norm: Norm = "Linf",
     numbers: Tensor | None = None,
-    precision: Precision = "fp32",
+    folder: Path | None = None,
+    **options: Any,
 ) -> EpsCurve:
     """The evaluation's PGD from eps 0 up to where no image stands, at most to where a ball holds all images.
 
@@ -55,7 +54,7 @@ def against_eps(
     attacked no more. The step size grows with eps; `eps` itself is a point of the curve.
 
     Args:
-        numbers: the images' numbers in the test split; see evaluation.run.
+        numbers, folder, options: as evaluation.run takes them.
     """
     numbers = torch.arange(len(split)) if numbers is None else numbers
     smallest = torch.full((len(split),), torch.inf, dtype=torch.float64)
@@ -68,11 +67,10 @@ def against_eps(
             model,
             split.take(standing.to(split.labels.device)),
             evaluation.pgd(radius, step_size * radius / eps, steps, norm, restarts) if radius else evaluation.clean(),
-            batch_size=batch_size,
-            seed=seed,
             norm=norm,
             numbers=numbers[standing],
-            precision=precision,
+            folder=folder / f"eps {radius:.6g}" if folder else None,
+            **options,
         )
         fallen = ~outcome.correct(split.labels[standing.to(split.labels.device)].cpu())
         smallest[standing[fallen]] = radius
@@ -86,24 +84,24 @@ def against_steps(
     *,
     eps: float,
     steps: int,
-    batch_size: int,
-    seed: int,
     norm: Norm = "Linf",
-    numbers: Tensor | None = None,
-    precision: Precision = "fp32",
+    folder: Path | None = None,
+    **options: Any,
 ) -> StepsCurve:
     """A run of PGD of its own for 1, 2, 5, ... steps, to 100 or five times the evaluation's `steps`.
 
     Each has the step size 2.5 eps / steps (Madry et al. 2018) and counts its last iterate alone, so that nothing but
     the attack's success makes a longer run the stronger one: on a model that hides its gradients it may well fail.
+
+    Args:
+        folder, options: as evaluation.run takes them.
     """
     last = max(_STEPS[-1], _BEYOND * steps)
     points, standing = [], []
     for count in (*_STEPS, *([last] if last > _STEPS[-1] else [])):
         attack = last_iterate(eps, 2.5 * eps / count, count, norm)
-        outcome = evaluation.run(
-            model, split, attack, batch_size=batch_size, seed=seed, norm=norm, numbers=numbers, precision=precision
-        )
+        kept = folder / f"steps {count}" if folder else None
+        outcome = evaluation.run(model, split, attack, norm=norm, folder=kept, **options)
         standing.append(outcome.correct(split.labels.cpu()))
         points.append({"steps": count, **counts(standing[-1])})
     return StepsCurve(points, torch.stack(standing))

@@ -78,11 +78,19 @@ def noise_of(numbers: Tensor, shape: torch.Size, *, seed: int, device: torch.dev
 
 
 def perturb(
-    model: nn.Module, split: Split, attack: Attack, *, batch_size: int, seed: int, numbers: Tensor | None = None
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    *,
+    batch_size: int,
+    seed: int,
+    precision: Precision = "fp32",
+    numbers: Tensor | None = None,
 ) -> Tensor:
-    """The attacked images of `split`, float32 (N, 3, H, W) on the CPU; arguments as of `run`."""
-    batches = _batches(model, split, attack, batch_size, seed, numbers, None)
-    return torch.cat([x_adv.cpu() for _, x_adv in batches])
+    """The attacked images of `split`, float32 (N, 3, H, W) on the CPU; arguments as of `run`, but nothing is shared."""
+    with runtime.autocast(next(model.parameters()).device, precision):
+        batches = _batches(model, split, attack, batch_size, seed, numbers)
+        return torch.cat([x_adv.cpu() for _, x_adv in batches])
 
 
 def run(
@@ -116,7 +124,8 @@ def run(
         torch.zeros(len(split), dtype=torch.float64, device=device),
     )
     with attacks.under_attack(model), runtime.autocast(device, precision):
-        for index, x_adv in _batches(model, split, attack, batch_size, seed, numbers, folder):
+        share = (distributed.rank(), distributed.world())
+        for index, x_adv in _batches(model, split, attack, batch_size, seed, numbers, folder, share):
             x, labels = _on(device, split, index)
             with torch.no_grad():
                 logits = full(model(x_adv))
@@ -127,23 +136,31 @@ def run(
 
 
 def cascade(
-    model: nn.Module, split: Split, stages: Mapping[str, Attack], *, folder: Path | None = None, **options: Any
+    model: nn.Module,
+    split: Split,
+    stages: Mapping[str, Attack],
+    *,
+    begin: Callable[[str, int], None] = lambda name, standing: None,
+    numbers: Tensor | None = None,
+    folder: Path | None = None,
+    **options: Any,
 ) -> tuple[Outcome, dict[str, int]]:
     """Each attack in turn on the images that still stand, as AutoAttack does.
 
     Args:
-        options: as `run` takes them.
+        begin: hears of each attack's name and how many images stand, before it starts.
+        numbers, folder, options: as `run` takes them.
 
     Returns:
         What the most harmful attack made of each image, and how many stood after each.
     """
-    numbers = options.pop("numbers", None)
     numbers = torch.arange(len(split)) if numbers is None else numbers
     labels = split.labels.cpu()
     found = run(model, split, clean(), numbers=numbers, **options)
     stood = {}
     for name, attack in stages.items():
         standing = found.correct(labels).nonzero().squeeze(1)
+        begin(name, len(standing))
         if len(standing):
             part = split.take(standing.to(split.labels.device))
             kept = folder / name if folder else None
@@ -162,14 +179,19 @@ def _batches(
     batch_size: int,
     seed: int,
     numbers: Tensor | None,
-    folder: Path | None,
+    folder: Path | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches, each as the images' places in `split` and what the attack made of them, on the device."""
+    """Batches as the images' places in `split` and what the attack made of them, on the device.
+
+    `share` is which rank's batches, of how many ranks.
+    """
+    rank, world = share
     device = next(model.parameters()).device
     numbers = torch.arange(len(split)) if numbers is None else numbers
     model.to(memory_format=torch.channels_last)
     for batch, index in enumerate(torch.arange(len(split)).split(batch_size)):
-        if batch % distributed.world() != distributed.rank():
+        if batch % world != rank:
             continue
         kept = folder / f"{batch:05}.safetensors" if folder else None
         x_adv = _load(kept, numbers[index]) if kept else None

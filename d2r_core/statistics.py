@@ -1,12 +1,15 @@
 """How far counted accuracies can be trusted: intervals, and whether one attack fools more images than another."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 _Z = 1.959963984540054  # the normal distribution's 97.5 % point
 _RESAMPLES = 10_000
+_CHANCE = 1e-3  # two attacks differ where chance alone would make as much of a difference less often than this,
+RESOLUTION = 0.01  # and where it concerns more than this share of the images: less changes no figure that matters
 
 
 def wilson(correct: int, images: int) -> tuple[float, float]:
@@ -53,3 +56,25 @@ def sign_test(exceptions: int, others: int) -> float:
     """
     images = exceptions + others
     return sum(math.comb(images, count) for count in range(exceptions, images + 1)) / 2**images
+
+
+class Comparison(NamedTuple):
+    """Two attacks on the same images; the second is expected to be at least as strong."""
+
+    exceptions: int  # images that only the first fools
+    others: int  # images that only the second fools
+    images: int
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> "Comparison":
+        """From the images that stand under each, bool (N,)."""
+        return cls(int((~first & second).sum()), int((first & ~second).sum()), len(first))
+
+    @property
+    def chance(self) -> float:
+        """The probability of so many exceptions, were both equally strong."""
+        return sign_test(self.exceptions, self.others)
+
+    @property
+    def holds(self) -> bool:
+        return self.chance >= _CHANCE or self.exceptions - self.others <= RESOLUTION * self.images

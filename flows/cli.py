@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2r_core.errors import UserError
-from flows import data_commands
+from flows import data_commands, evaluate_command
 
 if TYPE_CHECKING:
     from flows.standing import Standing
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_commands.app, name="data")
+app.command()(evaluate_command.evaluate)
 
 
 @app.command()

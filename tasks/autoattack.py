@@ -49,7 +49,7 @@ def attacks(level: Level, *, eps: float, norm: Norm, seed: int, classes: int) ->
     }
     if level == "standard":
         found["FAB-T"] = _by_gradient(_fab(eps, norm), targets, norm=norm, eps=eps)
-        found["Square"] = _square(eps, norm, seed)
+        found["Square"] = square(eps, norm, seed)
     return found
 
 
@@ -204,8 +204,8 @@ class _Square(SquareAttack):  # type: ignore[misc]  # pyautoattack has no types
         return margin, loss
 
 
-def _square(eps: float, norm: Norm, seed: int) -> Attack:
-    """The score-based Square attack (Andriushchenko et al. 2020): queries only, no gradient."""
+def square(eps: float, norm: Norm, seed: int, queries: int | None = None) -> Attack:
+    """The score-based Square attack (Andriushchenko et al. 2020): no gradient, but 5000 queries, or as many as said."""
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         x = x.contiguous()  # their code takes views of it
@@ -218,7 +218,7 @@ def _square(eps: float, norm: Norm, seed: int) -> Attack:
                     lambda images: full(model(images)),
                     lambda draw: noise(draw)[standing],
                     norm=norm,
-                    n_queries=_QUERIES,
+                    n_queries=queries or _QUERIES,
                     eps=eps,
                     resc_schedule=False,
                     device=x.device,

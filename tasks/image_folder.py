@@ -35,6 +35,19 @@ def opened(path: Path, test_fraction: float, rng: np.random.Generator) -> Iterat
         yield _source(path, found, test_fraction, rng)
 
 
+@contextmanager
+def opened_for_testing(path: Path) -> Iterator[Source]:
+    """The same, for a model that was trained elsewhere: all images below test/ are its `test`, without splits all."""
+    with ExitStack() as stack:
+        entries = [entry for place in _places(path) for entry in archive.opened(place, stack)]
+        if not any(entry.name.startswith("train/") for entry in entries):
+            entries = [
+                entry._replace(name=entry.name.removeprefix("test/")) for entry in entries if entry.name != "test/"
+            ]
+        found = _arrange(path, entries)
+        yield Source(list(found["train"]), [], _samples(found.get("test", found["train"])))
+
+
 def _places(path: Path) -> list[Path]:
     """The folder or archive itself, or the archives that it holds."""
     if not path.is_dir():
@@ -102,18 +115,17 @@ def _check(path: Path, found: Found, tops: list[str]) -> None:
 
 def _source(path: Path, found: Found, test_fraction: float, rng: np.random.Generator) -> Source:
     classes = list(found["train"])
-    train, test = (
-        [
-            Sample(entry.shown, label, partial(images.from_file, entry.read))
-            for label, name in enumerate(classes)
-            for entry in found[split][name]
-            if entry.read
-        ]
-        if split in found
-        else []
-        for split in SPLITS
-    )
+    train, test = (_samples(found[split]) if split in found else [] for split in SPLITS)
     return Source(classes, train, test) if test else samples.cut(classes, train, test_fraction, rng)
+
+
+def _samples(classes: dict[str, list[Entry]]) -> list[Sample]:
+    return [
+        Sample(entry.shown, label, partial(images.from_file, entry.read))
+        for label, name in enumerate(classes)
+        for entry in classes[name]
+        if entry.read
+    ]
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """The model registry: what was evaluated is registered as @challenger, gated, promoted to @champion, rolled back."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,25 @@ def champion(settings: Settings, paths: Paths) -> int | None:
         return _alias(client, settings.promote.model_name, "champion")
 
 
+def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> Path:
+    """Bring the checkpoint of `models:/NAME@ALIAS` or `models:/NAME/VERSION` into `folder`; returns its weights' path.
+
+    Raises:
+        UserError: the reference is not of that form, there is no such version, or its run has no checkpoint.
+    """
+    parts = re.fullmatch(r"models:/([^/@]+)(?:@(\w+)|/(\d+))", reference)
+    if not parts:
+        raise UserError(f"{reference}: write models:/NAME@champion, models:/NAME@challenger or models:/NAME/VERSION.")
+    name, alias, number = parts.groups()
+    with _client(settings, paths) as client:
+        version = _alias(client, name, alias) if alias else int(number)
+        found = None if version is None else _version(client, name, version)
+        if found is None:
+            raise UserError(f"{reference}: there is no such version in MLflow ({settings.tracking.uri}).")
+        _fetch(client, found, "target.json", str(folder))
+        return _fetch(client, found, "target.safetensors", str(folder))
+
+
 @contextmanager
 def _client(settings: Settings, paths: Paths) -> Iterator["MlflowClient"]:
     """MLflow's client; what the server refuses inside the block becomes one message."""
@@ -196,6 +216,17 @@ def _alias(client: "MlflowClient", name: str, alias: str) -> int | None:
     return None if version is None else int(version)
 
 
+def _version(client: "MlflowClient", name: str, version: int) -> "ModelVersion | None":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
 def _floor(what: str, accuracy: float, floor: float, key: str) -> tuple[bool, str]:
     ok = accuracy >= floor
     return ok, f"{what} {accuracy:.2%} {'reaches' if ok else 'is below'} the floor of {floor:.2%} ({key})."
@@ -244,7 +275,7 @@ def _fetch(client: "MlflowClient", version: "ModelVersion", file: str, folder: s
 
 def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVersion", weights: Path) -> float:
     """Attack the model at `weights` on the present test images, on which the challenger was measured."""
-    from tasks.evaluate import measure
+    from tasks.measure import measure
 
     present = {"data_hash": lineage.manifest(paths)["hash"], "evaluation_hash": settings.hash("seed", "evaluate")}
     if any(challenger.tags[key] != value for key, value in present.items()):
@@ -254,7 +285,9 @@ def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVe
         )
     model, described = checkpoint.load(weights, runtime.device(settings.runtime.device))
     test = data.load_split(paths.prepared / "test.safetensors")
-    attacks = settings.evaluate.model_copy(update={"autoattack_images": 0})  # no part of the worst of all images
+    attacks = settings.evaluate
+    if attacks.autoattack_images < len(test):  # then it is no part of the worst of all images
+        attacks = attacks.model_copy(update={"autoattack_images": 0})
     measured = measure(
         model, test, attacks, classes=len(described["classes"]), seed=settings.seed, description="champion"
     )

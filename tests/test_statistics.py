@@ -58,3 +58,24 @@ def test_sign_test_is_scipys(exceptions: int, others: int) -> None:
     images = exceptions + others
     expected = stats.binomtest(exceptions, images, 0.5, alternative="greater").pvalue if images else 1.0
     assert statistics.sign_test(exceptions, others) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "others", "images", "holds"),
+    [
+        (9, 0, 20, True),  # 1 in 512 by chance
+        (10, 0, 20, False),  # 1 in 1024
+        (10, 1, 20, True),
+        (30, 90, 200, True),  # the stronger one has its own images
+        (60, 20, 10_000, True),  # beyond chance, and too few to matter
+        (160, 40, 10_000, False),
+    ],
+)
+def test_two_attacks_differ_beyond_chance_and_by_what_matters(
+    exceptions: int, others: int, images: int, holds: bool
+) -> None:
+    image = torch.arange(images)
+    first, second = image >= exceptions, (image < exceptions) | (image >= exceptions + others)
+    compared = statistics.Comparison.of(first, second)
+    assert compared == (exceptions, others, images)
+    assert compared.holds == holds

@@ -1,5 +1,6 @@
 """The architectures under their names, and published weights loaded into them."""
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,6 +14,9 @@ from d2r_core.errors import UserError
 from d2r_core.models.preact_resnet import PreActResNet18
 from d2r_core.models.resnet import ResNet18
 from d2r_core.models.wide_resnet import WideResNet
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # entries that published files keep the weights in
+_PREFIXES = ("module.", "model.", "_orig_mod.")
 
 
 def build(name: str, *, num_classes: int, image_size: int = 32, **architecture: Any) -> nn.Module:
@@ -44,29 +48,23 @@ def build(name: str, *, num_classes: int, image_size: int = 32, **architecture: 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors or PyTorch file (never unpickled beyond tensors) into `model`.
 
-    Published files differ in wrapping: a `state_dict` entry is opened, `module.` prefixes and the unused
-    `sub_block1.*` of WideResNet are dropped.
+    Published files differ in wrapping: entries such as `state_dict` are opened, prefixes such as `module.` and the
+    unused `sub_block1.*` of WideResNet are dropped.
 
     Raises:
-        UserError: the file cannot be read, or does not fit the architecture.
+        UserError: the file cannot be read, would run code, holds no weights, or does not fit the architecture.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state: dict[str, Any] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]}).") from None
-    state = state.get("state_dict", state)
-    named = {name.removeprefix("module."): value for name, value in state.items()}
     weights = {
-        name: value for name, value in named.items() if isinstance(value, Tensor) and not name.startswith("sub_block1.")
+        name: tensor for name, tensor in _unwrapped(_read(path), path).items() if not name.startswith("sub_block1.")
     }
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    head = list(wanted)[-1]
     # Older files lack BatchNorm's batch counter, which inference does not use.
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     unknown = [name for name in weights if name not in wanted]
     differing = [name for name in weights if name in wanted and weights[name].shape != wanted[name]]
+    if not missing and not unknown and head in differing and weights[head].shape[0] != wanted[head][0]:
+        raise UserError(f"{path}: tells {weights[head].shape[0]} classes apart, not {wanted[head][0]} as the data has.")
     for what, names in (("lacks", missing), ("has the unknown", unknown), ("has another shape for", differing)):
         if names:
             raise UserError(
@@ -74,3 +72,38 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Check the architecture's settings."
             )
     model.load_state_dict(weights, strict=False)
+
+
+def _read(path: Path) -> object:
+    try:
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)", str(error))
+        if refused:
+            raise UserError(
+                f"{path}: cannot be read as weights: it is a pickle that asks for {refused[1] or refused[2]}, and code "
+                "from a file is never run. Where it comes from: torch.save(model.state_dict(), ...)."
+            ) from None
+        reason = "it is no checkpoint"
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{path}: cannot be read as weights ({reason}).")
+
+
+def _unwrapped(found: object, path: Path) -> dict[str, Tensor]:
+    """The tensors by name, whatever they were packed in."""
+    while isinstance(found, dict) and (inner := [found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)]):
+        found = inner[0]
+    weights = {}
+    for name, tensor in found.items() if isinstance(found, dict) else ():
+        if isinstance(name, str) and isinstance(tensor, Tensor):
+            while name.startswith(_PREFIXES):
+                name = name.partition(".")[2]
+            weights[name] = tensor
+    if not weights:
+        raise UserError(f"{path}: holds no weights: it has no tensors under names.")
+    return weights
