@@ -1,23 +1,23 @@
 """The GPU list: measurements for a rented GPU, in slices that may end at any moment; see gpu.sh."""
 
 import argparse
-import math
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gpu_figures
 import gpu_luggage
+import gpu_miniature
 import gpu_programs
 import gpu_recipe
 import gpu_results
 import torch
 from gpu_recipe import Recipe, Stop
 
-from d2r_core import runtime
 from d2r_core.data import Split
 from d2r_core.errors import UserError
 from d2r_core.interruption import Interrupted, stop_requests
@@ -69,28 +69,9 @@ def measurements(state: Path, data: Mapping[str, Split], device: torch.device, *
         )
     ]
     for key, (title, recipe) in CIFAR10.items():
-        chosen = tiny(recipe) if miniature else recipe
+        chosen = gpu_miniature.recipe(recipe) if miniature else recipe
         listed.append(trained(key, title, chosen, state, data, device, evaluates=key != "cifar10-wide"))
     return listed
-
-
-def tiny(recipe: Recipe) -> Recipe:
-    """The recipe in miniature: three epochs of a small network, attacks of two steps, the quick AutoAttack."""
-    small = {"name": "wide_resnet", "depth": 10, "widen_factor": 1}
-    return replace(
-        recipe,
-        target=small,
-        guidance=small,
-        epochs=3,
-        batch_size=32,
-        crop_padding=1,
-        steps=2,
-        awp_from_epoch=2,
-        attack_steps=2,
-        autoattack="quick",
-        batch_size_attacked=8,
-        shard=16,
-    )
 
 
 def trained(
@@ -107,8 +88,6 @@ def trained(
     where = gpu_recipe.folder(state, key, recipe, data)
 
     def work(stop: Stop, minutes: float | None) -> None:
-        if evaluates:
-            gpu_luggage.provide_autoattack()  # now, not after the training
         gpu_recipe.train(recipe, data, where, device, minutes)
         if evaluates:
             gpu_recipe.evaluate(recipe, data["test"], where, device, stop)
@@ -116,37 +95,54 @@ def trained(
     return Measurement(key, title, where, work, lambda: gpu_figures.of(recipe, where, data), open_ended=not evaluates)
 
 
-def due(listed: list[Measurement], stamps: Mapping[str, str], commit: str) -> list[Measurement]:
-    """What there is to do: what was begun, then what was never measured, then the oldest; each in the list's order."""
-    dates = {key: stamp.split()[-1] for key, stamp in stamps.items() if stamp != gpu_results.UNFINISHED}
-    waiting = [one for one in listed if one.where.exists() or stamps.get(one.key) != commit]
-    return sorted(waiting, key=lambda one: (not one.where.exists(), dates.get(one.key, "")))
+def due(listed: list[Measurement], finished: Mapping[str, str], commit: str) -> list[Measurement]:
+    """What there is to do: what was begun, then what was never measured, then the oldest; each in the list's order.
+
+    Args:
+        finished: by key, the commit and its date of the figures that stand.
+    """
+    waiting = [one for one in listed if one.where.exists() or finished.get(one.key) != commit]
+    return sorted(waiting, key=lambda one: (not one.where.exists(), finished.get(one.key, "").rpartition(" ")[2]))
 
 
 def slice_of(listed: list[Measurement], results: Path, machine: str, minutes: float | None) -> None:
-    """Do what is due until the time is up; figures go into `results`. Raises Interrupted when something is left."""
-    commit = gpu_luggage.commit()
+    """Do what is due until the time is up; figures go into `results`.
+
+    Raises:
+        Interrupted: something is left.
+        UserError: a measurement failed. The others were done before.
+    """
+    commit, begun, failures = gpu_luggage.commit(), time.monotonic(), []
     with stop_requests(minutes) as stop:
-        deadline = time.monotonic() / 60 + (minutes if minutes is not None else math.inf)
-        for one in due(listed, gpu_results.stamps(results), commit):
-            print(f"{one.title}", flush=True)
-            interruption = None
+        for one in due(listed, gpu_results.finished(results), commit):
+            print(one.title, flush=True)
+            left = None if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60)
             try:
-                one.work(stop, None if minutes is None else max(0.0, deadline - time.monotonic() / 60))
-            except Interrupted as stopped:
-                interruption = stopped
-            stamp = gpu_results.UNFINISHED if interruption and not one.open_ended else commit
-            stands = gpu_results.stamps(results).get(one.key, gpu_results.UNFINISHED)
-            if (text := one.figures()) and (stamp == commit or stands == gpu_results.UNFINISHED):
-                state = " Unfinished." if stamp == gpu_results.UNFINISHED else ""
-                gpu_results.write(
-                    results, one.key, stamp, f"### {one.title}\n{machine}, commit {commit}.{state}\n\n{text}"
-                )
-            if interruption:
-                raise interruption
+                one.work(stop, left)
+            except Interrupted:
+                _report(one, results, machine, commit if one.open_ended else gpu_results.UNFINISHED, commit, "")
+                raise
+            except UserError as error:  # such as a loss that is not finite: a finding
+                _report(one, results, machine, gpu_results.UNFINISHED, commit, f"**Failed**: {error}")
+                failures.append(f"{one.title}: {error}")
+                continue
+            _report(one, results, machine, commit, commit, "")
             finished = one.where.parent / "finished" / one.where.name
+            shutil.rmtree(finished, ignore_errors=True)
             finished.parent.mkdir(exist_ok=True)
             one.where.replace(finished)
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+def _report(one: Measurement, results: Path, machine: str, stamp: str, commit: str, failure: str) -> None:
+    """Write the measurement's block, unless it is unfinished and figures of an older commit stand there."""
+    text = "\n\n".join(part for part in (one.figures(), failure) if part)
+    unfinished = stamp == gpu_results.UNFINISHED
+    if not text or (unfinished and one.key in gpu_results.finished(results)):
+        return
+    head = f"### {one.title}\n{machine}, commit {commit}.{' Unfinished.' if unfinished else ''}"
+    gpu_results.write(results, one.key, stamp, f"{head}\n\n{text}")
 
 
 def main() -> None:
@@ -162,9 +158,12 @@ def main() -> None:
         if arguments.bring:
             gpu_luggage.pack(prepared)
             return
-        device = runtime.device("cpu" if arguments.miniature else "cuda")
+        device = torch.device("cpu" if arguments.miniature else "cuda")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("PyTorch sees no GPU here. `--miniature` tries the list on a CPU.")
         machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-        data = miniature_data() if arguments.miniature else gpu_luggage.data(prepared)
+        data = gpu_miniature.data() if arguments.miniature else gpu_luggage.data(prepared)
+        gpu_luggage.provide_autoattack()  # now, not after the first training
         listed = measurements(arguments.state, data, device, miniature=arguments.miniature)
         slice_of(listed, arguments.results, f"{machine}, torch {torch.__version__}", arguments.minutes)
     except UserError as error:
@@ -173,21 +172,6 @@ def main() -> None:
         print(f"interrupted: {interruption}", file=sys.stderr)
         sys.exit(130)
     print(f"everything on the list is measured; see {arguments.results}")
-
-
-def miniature_data() -> dict[str, Split]:
-    """Four classes of 16 x 16 images, each a bright quarter in noise."""
-
-    def split(seed: int, count: int) -> Split:
-        labels = torch.arange(count) % 4
-        stream = torch.Generator().manual_seed(seed)
-        images = torch.randint(0, 160, (count, 3, 16, 16), generator=stream)
-        for place, label in enumerate(labels.tolist()):
-            row, column = 8 * (label // 2), 8 * (label % 2)
-            images[place, :, row : row + 8, column : column + 8] += 80
-        return Split(images.to(torch.uint8), labels)
-
-    return {"train": split(0, 128), "validation": split(1, 32), "test": split(2, 32)}
 
 
 if __name__ == "__main__":

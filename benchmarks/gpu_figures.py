@@ -32,7 +32,8 @@ def _training(recipe: Recipe, done: list[dict[str, Any]], data: Mapping[str, Spl
         f"Training: {len(done)} of {recipe.epochs} epochs, batch {recipe.batch_size}, {recipe.steps} attack steps, "
         f"seed {recipe.seed}, {how}; {seconds:.1f} s an epoch (median, with validation and "
         f"saved state), its steps alone {len(data['train']) / rate:.1f} s ({rate:.0f} images/s). On "
-        f"{len(data['validation'])} validation images epoch {best['epoch']} is the best."
+        f"{len(data['validation'])} validation images epoch {best['epoch']} is the best. "
+        f"It took {sum(line['seconds'] for line in done) / 60:.1f} min."
     )
     shown = _EPOCHS | {best["epoch"], done[-1]["epoch"]}
     rows = [
@@ -44,8 +45,8 @@ def _training(recipe: Recipe, done: list[dict[str, Any]], data: Mapping[str, Spl
 
 
 def _attacks(recipe: Recipe, where: Path) -> str:
-    rows = []
-    for name, shards in gpu_recipe.evaluated(where).items():
+    found, rows = gpu_recipe.evaluated(where), []
+    for name, shards in found.items():
         images = sum(shard["images"] for shard in shards.values())
         *before, last = next(iter(shards.values()))["stood"]
         whole = f"{name} {recipe.autoattack}" if before else name
@@ -55,7 +56,11 @@ def _attacks(recipe: Recipe, where: Path) -> str:
             low, high = wilson(stood, images)
             goal = f"{GOAL[label]:.2%}" if label in GOAL else ""
             rows.append([label, f"{stood} of {images}", f"{stood / images:.2%}", f"{low:.2%} to {high:.2%}", goal])
-    return _table(["Linf 8/255, fp32", "test images right", "accuracy", "95 % interval", "goal"], rows) if rows else ""
+    if not rows:
+        return ""
+    minutes = sum(shard["seconds"] for shards in found.values() for shard in shards.values()) / 60
+    head = ["Linf 8/255, fp32", "test images right", "accuracy", "95 % interval", "goal"]
+    return f"{_table(head, rows)}\n\nThe attacks took {minutes:.1f} min."
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -57,7 +57,8 @@ EPS, STEP_SIZE = 8 / 255, 2 / 255  # of the evaluation; training has the publish
 def folder(state: Path, name: str, recipe: Recipe, data: Mapping[str, Split]) -> Path:
     """Where the recipe's state lies, named after all that it depends on: another one is never continued."""
     code = hashlib.sha256()
-    for path in sorted(Path(training.__file__).parent.rglob("*.py")):
+    core = sorted(Path(training.__file__).parent.rglob("*.py"))
+    for path in (*core, Path(__file__), Path(__file__).parents[1] / "tasks/autoattack.py"):
         code.update(path.read_bytes())
     parts = [dataclasses.asdict(recipe), content_hash(data), code.hexdigest()]
     return state / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
@@ -87,8 +88,8 @@ def train(
         how = {"precision": precision, "compiled": runtime.is_compiled(objective.model)}
         line = {"epoch": epoch, **metrics, "seconds": time.monotonic() - begun, **how}
         begun = time.monotonic()
-        with (where / "epochs.jsonl").open("a", encoding="utf-8") as history:
-            history.write(json.dumps(line) + "\n")
+        lines = [earlier for earlier in epochs(where) if earlier["epoch"] != epoch] + [line]
+        files.write_text(where / "epochs.jsonl", "".join(f"{json.dumps(one)}\n" for one in lines))
         print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), f"(epoch {epoch})", flush=True)
 
     where.mkdir(parents=True, exist_ok=True)
@@ -175,10 +176,9 @@ def weights(where: Path) -> Path:
 
 
 def epochs(where: Path) -> list[dict[str, Any]]:
-    """The logged epochs in order; what a killed process had logged and its successor repeated counts once."""
+    """The epochs that have ended, as they were logged."""
     path = where / "epochs.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return sorted({line["epoch"]: line for line in lines}.values(), key=lambda line: line["epoch"])
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def evaluated(where: Path) -> dict[str, dict[str, Any]]:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from d2r_core import files
 
-UNFINISHED = "unfinished"
+# In the place of the commit and its date.
+NEVER, UNFINISHED = "never", "unfinished"
 
 
-def stamps(results: Path) -> dict[str, str]:
-    """By measurement, the commit and its date that its figures stand for, or UNFINISHED; only those in the file."""
+def finished(results: Path) -> dict[str, str]:
+    """By measurement, the commit and its date that its figures stand for; those without finished figures are absent."""
     text = results.read_text(encoding="utf-8") if results.exists() else ""
-    return {
-        key: stamp for key, stamp in re.findall(r"^<!-- gpu:(\S+) (.*?) -->$", text, re.MULTILINE) if stamp != "never"
-    }
+    stamps = re.findall(r"^<!-- gpu:(\S+) (.*?) -->$", text, re.MULTILINE)
+    return {key: stamp for key, stamp in stamps if stamp not in (NEVER, UNFINISHED)}
 
 
 def write(results: Path, key: str, stamp: str, block: str) -> None:

@@ -22,6 +22,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import gpu_luggage  # noqa: E402
+import gpu_miniature  # noqa: E402
 import gpu_recipe  # noqa: E402
 import gpu_results  # noqa: E402
 
@@ -71,7 +72,7 @@ def test_stopped_and_killed_it_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
 
     def write_and_stop(path: Path, text: str) -> None:
         write_text(path, text)
-        if next(writes) == 2:
+        if path.name == "evaluation.json" and next(writes) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -81,14 +82,15 @@ def test_stopped_and_killed_it_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
             gpu.main()
     assert exit_code.value.code == 130
     assert json.loads((where() / "evaluation.json").read_text()).keys() == {"clean", "PGD-2"}
-    assert gpu_results.stamps(results)["cifar10-d2r"] == gpu_results.UNFINISHED
+    assert "cifar10-d2r" not in gpu_results.finished(results)
+    assert "fp32, eager" in results.read_text()
 
     child = bare(arguments)
     output = child.communicate(timeout=200)
     assert child.returncode == 0, output
     assert where().parent == state / "finished"
     assert [line["epoch"] for line in gpu_recipe.epochs(where())] == [1, 2, 3]
-    assert set(gpu_results.stamps(results).values()) == {gpu_luggage.commit()}
+    assert set(gpu_results.finished(results).values()) == {gpu_luggage.commit()}
     text = results.read_text()
     assert text.startswith(before)
     assert "| AutoAttack quick |" in text
@@ -96,8 +98,8 @@ def test_stopped_and_killed_it_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert "WideResNet-34-10" in text
 
     # Killed, stopped, on other processes: the weights are those of a training that nothing disturbed.
-    data = gpu.miniature_data()
-    gpu_recipe.train(gpu.tiny(gpu_recipe.Recipe()), data, tmp_path / "whole", CPU, None)
+    data = gpu_miniature.data()
+    gpu_recipe.train(gpu_miniature.recipe(gpu_recipe.Recipe()), data, tmp_path / "whole", CPU, None)
     whole, pieces = (load_file(gpu_recipe.weights(path)) for path in (tmp_path / "whole", where()))
     assert all(torch.equal(tensor, pieces[name]) for name, tensor in whole.items())
 
@@ -106,30 +108,51 @@ def test_what_was_begun_goes_first_then_what_was_never_measured_then_the_oldest(
     def one(key: str) -> gpu.Measurement:
         return gpu.Measurement(key, key, tmp_path / key, lambda stop, minutes: None, lambda: "")
 
-    listed = [one(key) for key in ("new", "old", "older", "never", "unfinished", "begun")]
+    listed = [one(key) for key in ("new", "old", "older", "never", "begun")]
     (tmp_path / "begun").mkdir()
     now = "c 2026-03-01T00:00:00+00:00"
-    stamps = {
+    finished = {
         "new": now,
         "old": "b 2026-02-01T00:00:00+00:00",
         "older": "a 2026-01-01T00:00:00+00:00",
-        "unfinished": gpu_results.UNFINISHED,
         "begun": now,
     }
-    assert [one.key for one in gpu.due(listed, stamps, now)] == ["begun", "never", "unfinished", "older", "old"]
+    assert [one.key for one in gpu.due(listed, finished, now)] == ["begun", "never", "older", "old"]
 
 
 def test_a_block_replaces_its_own_and_nothing_else(tmp_path: Path) -> None:
     results = tmp_path / "results.md"
     results.write_text("Before.\n<!-- gpu:a never -->\nNot yet.\n<!-- /gpu:a -->\nAfter.\n")
-    assert gpu_results.stamps(results) == {}
+    assert gpu_results.finished(results) == {}
     gpu_results.write(results, "b", "2 today", r"\1 of b")
     gpu_results.write(results, "a", "1 today", "Of a.")
     assert results.read_text() == (
         "Before.\n<!-- gpu:a 1 today -->\nOf a.\n<!-- /gpu:a -->\nAfter.\n\n"
         "<!-- gpu:b 2 today -->\n\\1 of b\n<!-- /gpu:b -->\n"
     )
-    assert gpu_results.stamps(results) == {"a": "1 today", "b": "2 today"}
+    assert gpu_results.finished(results) == {"a": "1 today", "b": "2 today"}
+
+
+def test_a_failure_is_noted_and_does_not_keep_the_others_from_running(tmp_path: Path) -> None:
+    def fail(stop: Any, minutes: float | None) -> None:
+        raise UserError("the loss is not finite")
+
+    results, reached = tmp_path / "results.md", tmp_path / "b"
+    listed = [
+        gpu.Measurement("a", "A", tmp_path / "a", fail, lambda: "So far."),
+        gpu.Measurement("b", "B", reached, lambda stop, minutes: reached.mkdir(), lambda: "All."),
+    ]
+    with pytest.raises(UserError, match="A: the loss is not finite"):
+        gpu.slice_of(listed, results, "machine", None)
+    assert gpu_results.finished(results).keys() == {"b"}
+    assert "So far.\n\n**Failed**: the loss is not finite\n" in results.read_text()
+
+
+def test_the_results_have_a_place_for_each_measurement(tmp_path: Path) -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for one in gpu.measurements(tmp_path, gpu_miniature.data(), CPU, miniature=False):
+        assert f"\n<!-- gpu:{one.key} " in text
+        assert f"-->\n### {one.title}\n" in text
 
 
 def test_the_luggage_holds_the_data_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
