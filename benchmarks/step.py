@@ -1,50 +1,66 @@
 """One D2R + CAG training step: written naively from the method's definition, then each improvement in turn.
 
-    python benchmarks/step.py --model preact_resnet18 --batch 16 --rounds 5
+    python benchmarks/step.py --model preact_resnet18 --batch 32 --rounds 5 [--compile] [--published CHECKOUT]
 
-All variants take turns in one process, so that what else the machine does hits them alike; medians and ratios are what
-counts. FLOPs are counted, once for each variant; the machine's matrix rate is measured in the same precision.
+All variants start from the same weights and take turns in one process, so that what else the machine does hits them
+alike; medians and ratios are what counts. On a CPU with one thread, seconds are of CPU time, which other processes
+disturb least; else of wall time. FLOPs are counted as direct convolutions do them, so Winograd's algorithm can
+go beyond the measured rate of a matrix product in the same precision.
 """
 
 import argparse
 import copy
+import importlib.util
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from d2r_core import models, runtime
+from d2r_core import cag, models, runtime
+from d2r_core.models.winograd import Conv3x3
 from d2r_core.objectives import D2R, Attack
 
 ATTACK: Attack = {"eps": 0.031, "step_size": 0.007, "steps": 10}
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # x, y, noise -> loss, adversarial images
 
 
 @dataclass
 class Variant:
-    """A way to do the step; `step` attacks, updates, and returns the loss."""
+    """A way to do the step, and what was measured of it."""
 
     name: str
     step: Step
-    precision: runtime.Precision
+    precision: runtime.Precision = "fp32"
+    memory_format: torch.memory_format = torch.channels_last
+    seconds: list[float] = field(default_factory=list)
+    loss: float = 0.0  # of the first step
+    x_adv: Tensor | None = None
+    memory: int = 0  # bytes on a GPU, beyond what was allocated before the step
+
+
+def optimizer_of(*modules: nn.Module, fused: bool) -> torch.optim.Optimizer:
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=2e-4, fused=fused)
 
 
 def naive_step(target: nn.Module, guidance: nn.Module) -> Step:
     """The definition, word for word: the guidance asked again in every attack step, default layout, eager, fp32."""
-    optimizer = torch.optim.SGD(
-        [*target.parameters(), *guidance.parameters()], lr=1e-4, momentum=0.9, weight_decay=2e-4
-    )
+    optimizer = optimizer_of(target, guidance, fused=False)
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
+    def step(x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         target.eval()
         guidance.eval()
-        x_adv = x + 0.001 * torch.randn_like(x)
+        x_adv = x + 0.001 * noise
         for _ in range(ATTACK["steps"]):
             x_adv.requires_grad_()
             p = guidance(x).softmax(1)
@@ -64,59 +80,119 @@ def naive_step(target: nn.Module, guidance: nn.Module) -> Step:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss.detach(), x_adv
+
+    return step
+
+
+def published_step(checkout: Path, target: nn.Module, guidance: nn.Module) -> Step:
+    """The authors' own function, from a checkout of their repository, on our models."""
+    spec = importlib.util.spec_from_file_location("published", checkout / "D2R" / "D2R.py")
+    assert spec is not None
+    assert spec.loader is not None
+    published = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(published)
+    optimizer = optimizer_of(target, guidance, fused=False)
+
+    def step(x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, None]:
+        # It draws its noise itself and sends it to a GPU: here it gets ours, where it is.
+        with patch("torch.randn", lambda *_: noise), patch.object(Tensor, "cuda", lambda tensor: tensor):
+            loss = published.D2R_loss(
+                target, guidance, x, y, optimizer, ATTACK["step_size"], ATTACK["eps"], ATTACK["steps"]
+            )
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), None
 
     return step
 
 
 def our_step(objective: D2R, precision: runtime.Precision, device: torch.device) -> Step:
     """The step as training.fit does it."""
-    optimizer = torch.optim.SGD(objective.parameters(), lr=1e-4, momentum=0.9, weight_decay=2e-4, fused=True)
-    stream = runtime.generator(0, device)
+    optimizer = optimizer_of(objective, fused=True)
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
+    def step(x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         objective.train()
         with runtime.autocast(device, precision):
-            x_adv = objective.perturb(x, y, stream)
+            x_adv = cag.generate(objective.model, objective.guidance, x, noise=noise, **ATTACK)
             optimizer.zero_grad(set_to_none=True)
             loss = objective(x, x_adv, y)["total"]
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss.detach(), x_adv
 
     return step
 
 
-def variants(target: nn.Module, guidance: nn.Module, device: torch.device, compiles: bool) -> list[Variant]:
+def variants(
+    target: nn.Module, guidance: nn.Module, device: torch.device, *, compiles: bool, published: Path | None
+) -> list[Variant]:
     """The naive step and ours, each on its own copy of the models."""
 
-    def ours(*, channels_last: bool = True, compile: runtime.Compile = "off") -> D2R:
-        pair = copy.deepcopy(target), copy.deepcopy(guidance)
-        objective = D2R(*pair, attack=ATTACK, clean_weight=20.0, adv_weight=30.0)
-        if channels_last:
-            objective.to(memory_format=torch.channels_last)
-        runtime.compile_models(objective, compile=compile, device=device)
-        return objective
+    def pair(*, winograd: bool = False) -> tuple[nn.Module, nn.Module]:
+        target_copy, guidance_copy = copy.deepcopy(target), copy.deepcopy(guidance)
+        for module in [*target_copy.modules(), *guidance_copy.modules()]:
+            if isinstance(module, Conv3x3) and not winograd:
+                module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        return target_copy, guidance_copy
 
-    found = [
-        Variant("naive, fp32", naive_step(copy.deepcopy(target), copy.deepcopy(guidance)), "fp32"),
-        Variant("+ guidance once", our_step(ours(channels_last=False), "fp32", device), "fp32"),
-        Variant("+ channels last", our_step(ours(), "fp32", device), "fp32"),
-    ]
+    def ours(
+        name: str,
+        *,
+        precision: runtime.Precision = "fp32",
+        memory_format: torch.memory_format = torch.channels_last,
+        winograd: bool = False,
+        compiled: bool = False,
+    ) -> Variant:
+        objective = D2R(*pair(winograd=winograd), attack=ATTACK, clean_weight=20.0, adv_weight=30.0)
+        objective.to(memory_format=memory_format)
+        runtime.compile_models(objective, compile="on" if compiled else "off", device=device)
+        return Variant(name, our_step(objective, precision, device), precision, memory_format)
+
+    plain = torch.contiguous_format
+    found = [Variant("naive", naive_step(*pair()), memory_format=plain)]
+    if published is not None:
+        found.append(Variant("published code", published_step(published, *pair()), memory_format=plain))
+    found.append(ours("+ guidance once, fused SGD", memory_format=plain))
+    found.append(ours("+ channels last"))
+    if device.type == "cpu":
+        found.append(ours("+ Winograd", winograd=True))
     if compiles:
-        found.append(Variant("+ compiled", our_step(ours(compile="on"), "fp32", device), "fp32"))
+        found.append(ours("+ compiled" if device.type == "cuda" else "compiled instead of Winograd", compiled=True))
     if device.type == "cuda":
-        found.append(Variant("+ TF32", our_step(ours(compile="on" if compiles else "off"), "tf32", device), "tf32"))
-        found.append(Variant("+ bf16", our_step(ours(compile="on" if compiles else "off"), "bf16", device), "bf16"))
+        found.append(ours("+ TF32", precision="tf32", compiled=compiles))
+        found.append(ours("+ bf16", precision="bf16", compiled=compiles))
     return found
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    begun = time.perf_counter()
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return clock() - begun
+
+
+def measure(found: Sequence[Variant], x: Tensor, y: Tensor, noise: Tensor, rounds: int) -> None:
+    """Let the variants take turns; the first round compiles, warms up and is what is compared, not timed."""
+    device = x.device
+    for done in range(rounds + 1):
+        for variant in found:
+            runtime.set_precision(variant.precision)
+            images, draw = (tensor.contiguous(memory_format=variant.memory_format) for tensor in (x, noise))
+            if done == 0:
+                loss, variant.x_adv = variant.step(images, y, draw)
+                variant.loss = float(loss)
+                continue
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            variant.seconds.append(seconds(partial(variant.step, images, y, draw), device))
+            if device.type == "cuda":
+                variant.memory = torch.cuda.max_memory_allocated() - before
 
 
 def matmul_rate(device: torch.device, precision: runtime.Precision) -> float:
@@ -128,53 +204,79 @@ def matmul_rate(device: torch.device, precision: runtime.Precision) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
 
 
-def flops(step: Step, x: Tensor, y: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step(x, y)
-    return counter.get_total_flops()
+class Flops(TorchDispatchMode):
+    """Counts inside the block. PyTorch's FlopCounterMode hooks modules, which breaks gradients of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def table(found: Sequence[Variant], batch: int, device: torch.device, flops: Mapping[str, int]) -> str:
+    naive, ours = found[0], flops["+ guidance once, fused SGD"]
+    rates = {precision: matmul_rate(device, precision) for precision in {variant.precision for variant in found}}
+    memory = " memory, GiB |" if device.type == "cuda" else ""
+    lines = [
+        "| variant | s/step | times naive | images/s | TFLOP | TFLOP/s | of matmul "
+        f"|{memory} loss differs | pixels differ |",
+        "|---|---|---|---|---|---|---|---|---|" + "---|" * bool(memory),
+    ]
+    for variant in found:
+        median, work = statistics.median(variant.seconds), flops.get(variant.name, ours)
+        pixels = "" if variant.x_adv is None else f"{differing(variant.x_adv, naive.x_adv):.2%}"
+        lines.append(
+            f"| {variant.name} | {median:.4g} | {statistics.median(naive.seconds) / median:.2f} | {batch / median:.1f} "
+            f"| {work / 1e12:.3f} | {work / median / 1e12:.3g} | {work / median / rates[variant.precision]:.0%} "
+            + (f"| {variant.memory / 2**30:.1f} " if memory else "")
+            + f"| {abs(variant.loss / naive.loss - 1):.0e} | {pixels} |"
+        )
+    return "\n".join(lines)
+
+
+def differing(x_adv: Tensor, other: Tensor | None) -> float:
+    """The share of the values that differ by more than rounding: the gradient's sign flips where it is nearly zero."""
+    assert other is not None
+    return float(((x_adv - other).abs() > 1e-6).double().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["preact_resnet18", "wide_resnet"], default="preact_resnet18")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="also compiled: minutes on a CPU")
+    parser.add_argument("--published", type=Path, help="a checkout of the authors' repository, lusti-Yu/D2R")
     arguments = parser.parse_args()
     device = runtime.device("auto")
     torch.manual_seed(0)
     size = {"depth": 34, "widen_factor": 10} if arguments.model == "wide_resnet" else {}
     target = models.build(arguments.model, num_classes=10, **size).to(device)
     guidance = models.build("resnet18", num_classes=10).to(device)
-    x, y = torch.rand(arguments.batch, 3, 32, 32, device=device), torch.randint(10, (arguments.batch,), device=device)
-    found = variants(target, guidance, device, compiles=not arguments.no_compile)
-    # A compiled step does the work of the eager one, which is counted for it.
-    work = {"naive, fp32": flops(found[0].step, x, y)}
-    ours = flops(found[1].step, x, y)
-    times: dict[str, list[float]] = {}
-    for _ in range(arguments.rounds + 1):
-        for variant in found:
-            runtime.set_precision(variant.precision)
-            times.setdefault(variant.name, []).append(seconds(partial(variant.step, x, y), device))
-    medians = {name: statistics.median(taken[1:]) for name, taken in times.items()}  # the first one warms up
-    rates = {precision: matmul_rate(device, precision) for precision in {variant.precision for variant in found}}
-    memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    x = torch.rand(arguments.batch, 3, 32, 32, device=device)
+    y, noise = torch.randint(10, (arguments.batch,), device=device), torch.randn_like(x)
+    found = variants(target, guidance, device, compiles=arguments.compile, published=arguments.published)
+    measure(found, x, y, noise, arguments.rounds)
+    flops = {}
+    for variant in found:
+        if variant.name in ("naive", "published code", "+ guidance once, fused SGD"):
+            with Flops() as counter:
+                variant.step(x, y, noise)
+            flops[variant.name] = counter.total
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{arguments.model}, ResNet-18 guidance, batch {arguments.batch}, {ATTACK['steps']} attack steps; {machine}, "
-        f"torch {torch.__version__}, median of {arguments.rounds} rounds{memory}\n"
+        f"torch {torch.__version__}, median of {arguments.rounds} rounds\n"
     )
-    print(
-        "| variant | s/step | times naive | images/s | TFLOP/step | GFLOP/s | of matmul |\n"
-        "|---|---|---|---|---|---|---|"
-    )
-    for variant in found:
-        median, done = medians[variant.name], work.get(variant.name, ours)
-        rate = done / median
-        print(
-            f"| {variant.name} | {median:.3f} | {medians[found[0].name] / median:.2f} | {arguments.batch / median:.1f} "
-            f"| {done / 1e12:.3f} | {rate / 1e9:.0f} | {rate / rates[variant.precision]:.0%} |"
-        )
+    print(table(found, arguments.batch, device, flops))
 
 
 if __name__ == "__main__":

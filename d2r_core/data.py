@@ -86,7 +86,7 @@ def crop_and_flip(images: Tensor, *, padding: int, flip: bool, generator: torch.
     """Shift each image by up to `padding` pixels over a black border and mirror half of them.
 
     Args:
-        images: (B, C, H, W), any type; `generator` lives on the same device.
+        images: (B, C, H, W), any type; `generator` lives on the same device. Cropped ones come back channels last.
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -101,7 +101,7 @@ def crop_and_flip(images: Tensor, *, padding: int, flip: bool, generator: torch.
     if flip:
         mirror = torch.rand(batch, 1, 1, 1, generator=generator, device=device) < 0.5
         images = torch.where(mirror, images.flip(-1), images)
-    return images.contiguous()
+    return images
 
 
 def shares(order: Tensor, batch_size: int, *, rank: int = 0, world: int = 1) -> list[Tensor]:
@@ -120,11 +120,17 @@ def load_batch(
 ) -> Split:
     """The images at `index` on `device`, cropped, flipped, as float32 in [0, 1], channels last, and their labels.
 
-    A split that is not on the device is streamed: gathered on the host and copied through pinned memory.
+    A split that is not on the device is streamed: gathered from the file's pages into pinned memory, and copied from
+    there while the host goes on.
     """
-    batch = split.take(index.to(split.labels.device))
-    if split.labels.device != device:
-        pinned = Split(batch.images.pin_memory(), batch.labels.pin_memory())
-        batch = Split(pinned.images.to(device, non_blocking=True), pinned.labels.to(device, non_blocking=True))
-    augmented = crop_and_flip(batch.images, padding=padding, flip=flip, generator=generator)
-    return Split(to_float(augmented).contiguous(memory_format=torch.channels_last), batch.labels)
+    streamed = split.labels.device != device
+    index = index.to(split.labels.device)
+
+    def gathered(tensor: Tensor) -> Tensor:
+        batch = torch.empty(len(index), *tensor.shape[1:], dtype=tensor.dtype, pin_memory=True) if streamed else None
+        # PyTorch keeps pinned memory from being used again before the copy is done.
+        return torch.index_select(tensor, 0, index, out=batch).to(device, non_blocking=True)
+
+    images, labels = map(gathered, split)
+    augmented = crop_and_flip(images, padding=padding, flip=flip, generator=generator)
+    return Split(to_float(augmented).contiguous(memory_format=torch.channels_last), labels)

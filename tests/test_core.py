@@ -1,16 +1,19 @@
 """The training engine and its parts: exact repetition, convergence on a toy, refusal of a loss that is not finite."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from toy import ATTACK, CPU, d2r, fit, network, split
 
 from d2r_core import attacks, checkpoint, data, evaluation, runtime, schedules
 from d2r_core.data import Split
 from d2r_core.errors import UserError
+from d2r_core.models.winograd import Conv3x3, winograd
 from d2r_core.objectives import Standard
 
 
@@ -148,6 +151,18 @@ def test_an_epoch_holds_every_image_once() -> None:
     torch.testing.assert_close(batch.images[:, 0, 0, 0] * 255, batch.labels.float())
 
 
+def test_data_streamed_from_a_file_train_bitwise_like_data_on_the_device(tmp_path: Path) -> None:
+    # On a GPU through pinned memory; on a CPU from the file's pages, against a copy in memory.
+    device = runtime.device("auto")
+    for name, images in (("train", split(0)), ("validation", split(1, 64))):
+        data.save_split(tmp_path / name, images)
+    streamed = [data.load_split(tmp_path / name) for name in ("train", "validation")]
+    resident = [Split(images.clone(), labels.clone()).to(device) for images, labels in streamed]
+    options: Any = {"device": device, "flip": True, "epochs": 2}
+    first, second = (fit(d2r().to(device), *splits, **options)[0].state for splits in (streamed, resident))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_balanced_order_has_balanced_prefixes() -> None:
     labels = torch.tensor([0] * 20 + [1] * 10 + [2] * 5)
     order = data.balanced_order(labels, seed=0)
@@ -193,3 +208,35 @@ def test_a_damaged_split_is_refused(tmp_path: Path) -> None:
 def test_an_absent_gpu_is_one_clear_message() -> None:
     with pytest.raises(UserError, match=r"runtime\.device is 'cuda', but PyTorch sees no GPU here"):
         runtime.device("cuda")
+
+
+@pytest.mark.parametrize(("batch", "shape"), [(3, (128, 160, 8, 12)), (70, (160, 128, 12, 8))])
+def test_winograd_is_the_convolution_to_rounding_with_its_gradients(batch: int, shape: tuple[int, ...]) -> None:
+    channels, filters, height, width = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, height, width, requires_grad=True)
+    weight = torch.randn(filters, channels, 3, 3, requires_grad=True)
+    upstream = torch.randn(batch, filters, height, width)
+
+    def results(convolve: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        y = convolve(x.to(dtype), weight.to(dtype))
+        return y, *torch.autograd.grad(y, (x, weight), upstream.to(dtype))
+
+    exact = results(partial(F.conv2d, padding=1), torch.float64)
+    for found, expected in zip(results(winograd, torch.float32), exact, strict=True):
+        assert (found - expected).norm() < 5e-6 * expected.norm()
+
+
+def test_winograd_serves_wide_fp32_convolutions_alone() -> None:
+    torch.manual_seed(0)
+    for channels, stride, dtype, faster in (
+        (128, 1, torch.float32, True),
+        (16, 1, torch.float32, False),
+        (128, 2, torch.float32, False),
+        (128, 1, torch.float64, False),
+    ):
+        layer = Conv3x3(channels, channels, stride).to(dtype)
+        x = torch.randn(16, channels, 8, 8, dtype=dtype)
+        direct = nn.Conv2d.forward(layer, x)
+        assert torch.equal(layer(x), direct) != faster
+        torch.testing.assert_close(layer(x), direct, rtol=1e-4, atol=1e-4)

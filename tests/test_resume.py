@@ -1,12 +1,15 @@
 """A training cannot be lost: killed at any moment it continues and ends with bitwise the same weights."""
 
+import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ import pytest
 import torch
 import toy
 
-from d2r_core import checkpoint, training
+from d2r_core import checkpoint, data, training
 from d2r_core.errors import UserError
 from d2r_core.interruption import Interrupted
+from tasks import pretrain, tracking
+from tasks.paths import Paths
+from tasks.settings import Settings
 
 KILLS = 20
 
@@ -139,3 +145,38 @@ def test_a_state_holds_no_code(tmp_path: Path) -> None:
     state = checkpoint.load_state(tmp_path, print)
     assert state is not None
     assert isinstance(training.Kept(**state["kept"]), training.Kept)
+
+
+def test_a_state_of_other_settings_data_or_code_is_never_continued(
+    tmp_path: Path, tiny_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = Paths(tmp_path)
+    paths.prepared.mkdir(parents=True)
+    for name in ("train", "validation"):
+        data.save_split(paths.prepared / f"{name}.safetensors", toy.split(0))
+    monkeypatch.setattr(tracking, "training_run", lambda *_: tracking.silent())
+
+    def describe(content: str) -> None:
+        paths.manifest.write_text(json.dumps({"hash": content, "classes": ["dark", "bright"], "image_size": 8}))
+
+    def next_step(**changes: Any) -> int:
+        """Train for one step more, in the state that belongs to these settings; returns its number."""
+        settings = tiny_settings(**{"runtime": {"max_minutes": 1e-9}, **changes})
+        with pytest.raises(Interrupted) as stopped:
+            pretrain.run(settings, paths)
+        return int(str(stopped.value).partition("step ")[2].split()[0])
+
+    describe("data")
+    assert [next_step(), next_step()] == [1, 2]
+    assert next_step(pretrain={"learning_rate": 0.01}) == 1
+    assert next_step(seed=1) == 1
+    assert next_step(runtime={"max_minutes": 1e-9, "precision": "bf16"}) == 1
+    describe("other data")
+    assert next_step() == 1
+    describe("data")
+    code = tmp_path / "d2r_core"
+    shutil.copytree(Path(training.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(training, "__file__", str(code / "training.py"))
+    assert next_step() == 3, "the same code elsewhere is the same"
+    (code / "losses.py").write_text("# changed")
+    assert next_step() == 1

@@ -35,8 +35,10 @@ def d2r(seed: int = 0, **changes: Any) -> D2R:
     return D2R(network(seed), network(seed + 100), attack=ATTACK, clean_weight=20.0, adv_weight=30.0, **changes)
 
 
-def fit(objective: Objective, **changes: Any) -> tuple[training.Kept, list[Mapping[str, float]]]:
-    """Train on the toy; returns what was kept and what was logged for each epoch."""
+def fit(
+    objective: Objective, train: Split | None = None, validation: Split | None = None, **changes: Any
+) -> tuple[training.Kept, list[Mapping[str, float]]]:
+    """Train on the toy or on other splits; returns what was kept and what was logged for each epoch."""
     logged: list[Mapping[str, float]] = []
     arguments: dict[str, Any] = {
         "device": CPU,
@@ -52,7 +54,7 @@ def fit(objective: Objective, **changes: Any) -> tuple[training.Kept, list[Mappi
         "criteria": {"clean_accuracy": evaluation.clean(), "robust_accuracy": evaluation.pgd(**ATTACK)},
         "log": lambda metrics, epoch: logged.append({"epoch": epoch, **metrics}),
     }
-    return training.fit(objective, split(0), split(1, 64), **{**arguments, **changes}), logged
+    return training.fit(objective, train or split(0), validation or split(1, 64), **{**arguments, **changes}), logged
 
 
 def train_to_file(state_folder: Path, result: Path) -> None:

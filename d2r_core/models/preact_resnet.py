@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2r_core.models.pooling import pool, pooled_positions
+from d2r_core.models.winograd import Conv3x3
 
 
 class _Block(nn.Module):
@@ -12,16 +13,16 @@ class _Block(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = Conv3x3(in_planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.conv2 = Conv3x3(planes, planes)
         changes = stride != 1 or in_planes != planes
         self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False)) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
+        activated = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(activated)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
 
 
 class PreActResNet18(nn.Module):

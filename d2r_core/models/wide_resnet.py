@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2r_core.models.pooling import pool, pooled_positions
+from d2r_core.models.winograd import Conv3x3
 
 
 class _Block(nn.Module):
@@ -14,15 +15,15 @@ class _Block(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.conv1 = Conv3x3(in_planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.conv2 = Conv3x3(planes, planes)
         self.convShortcut = None if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
+        activated = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
 
 
 class _Stage(nn.Module):
@@ -64,4 +65,4 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(pool(F.relu(self.bn1(x)), self.image_size, self.window))
+        return self.fc(pool(F.relu(self.bn1(x), inplace=True), self.image_size, self.window))
