@@ -50,7 +50,7 @@ class Measurement:
 
 def measurements(state: Path, data: Mapping[str, Split], device: torch.device, *, miniature: bool) -> list[Measurement]:
     """The list, in its order. In miniature it takes the same ways with tiny models and few images."""
-    batch = ["--batch", "1", "--rounds", "1"] if miniature else ["--batch", "128", "--rounds", "5"]
+    batch = ["--batch", "1", "--rounds", "1"] if miniature else ["--batch", "128", "--rounds", "5", "--compile"]
     programs = {
         "GPU tests": ["tests/test_gpu.py"],
         "The step, PreActResNet-18": ["benchmarks/step.py", "--model", "preact_resnet18", *batch],
