@@ -168,6 +168,7 @@ def evaluate(recipe: Recipe, test: Split, where: Path, device: torch.device, sto
             files.write_text(where / "evaluation.json", json.dumps(record, indent=1) + "\n")
             shutil.rmtree(scratch)
             print(f"{name}, test images from {shard} on: {stood} of {len(part)} stand", flush=True)
+    shutil.rmtree(where / "attacked", ignore_errors=True)
 
 
 def weights(where: Path) -> Path:

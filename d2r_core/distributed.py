@@ -99,12 +99,16 @@ def from_first(value: T) -> T:
 def share_buffers(module: nn.Module) -> None:
     """Give every rank rank 0's buffers: BatchNorm's running statistics differ, each rank having seen its own images."""
     if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+        # What is no float counts the batches, alike on every rank.
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        values = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(values, 0)
+        for buffer, value in zip(buffers, values.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(value.view_as(buffer))
 
 
 def wrapped(objective: nn.Module) -> nn.Module:
-    """`objective`, with gradients averaged over the ranks by its backward pass."""
+    """`objective`, with gradients averaged over the ranks by its backward pass. Buffers are left to share_buffers."""
     if not dist.is_initialized():
         return objective
-    return nn.parallel.DistributedDataParallel(objective)
+    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)

@@ -72,9 +72,11 @@ def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(tmp_path: Path) ->
     restarted = work("dies", tmp_path / "restarted", "--max-restarts=1")
     assert restarted.returncode == 0, restarted.stderr
     assert "SIGKILL" in restarted.stderr or "exitcode: -9" in restarted.stderr
-    (_, resumed, logged), _ = results(tmp_path / "restarted", "trained")
+    (again0, resumed, logged), (again1, _, _) = results(tmp_path / "restarted", "trained")
     assert [row["epoch"] for row in logged] == [2, 3], "the epochs after the one whose state was found"
     assert all(torch.equal(kept[name], resumed[name]) for name in kept)
+    for undisturbed, again in ((weights0, again0), (weights1, again1)):
+        assert all(torch.equal(tensor, again[name]) for name, tensor in undisturbed.items())
 
 
 def test_a_stage_under_torchrun_writes_what_one_process_would(
