@@ -269,8 +269,8 @@ def main() -> None:
     for variant in found:
         if variant.name in ("naive", "published code", "+ guidance once, fused SGD"):
             with Flops() as counter:
-                variant.step(x, y, noise)
-            flops[variant.name] = counter.total
+                variant.step(x[:1], y[:1], noise[:1])
+            flops[variant.name] = counter.total * arguments.batch
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{arguments.model}, ResNet-18 guidance, batch {arguments.batch}, {ATTACK['steps']} attack steps; {machine}, "

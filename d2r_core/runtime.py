@@ -43,8 +43,10 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def compile_models(objective: nn.Module, *, compile: Compile, device: torch.device) -> None:
     """Compile the passes of the objective's models in place; state dicts keep their names.
 
-    "auto" compiles on a GPU that has a C compiler beside it and warns once where that is missing; on a CPU it stays
-    eager, where compiling costs minutes. "on" insists.
+    "auto" compiles on a GPU that has a C compiler beside it and warns once where that is missing. On a CPU it stays
+    eager: compiling takes minutes, calls the same convolutions, and leaves Winograd's out. "on" insists.
+
+    Attack, update and validation differ in mode, gradients and frozen parameters; each gets a program of its own.
 
     Raises:
         UserError: "on" without a C compiler.
