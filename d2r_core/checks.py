@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2r_core import evaluation, norms, runtime
+from d2r_core import evaluation, norms, probes, runtime
 from d2r_core.attacks import under_attack
-from d2r_core.curves import EpsCurve, StepsCurve, last_iterate
-from d2r_core.data import Split, to_float
-from d2r_core.evaluation import Attack, Noise
-from d2r_core.losses import full
+from d2r_core.curves import EpsCurve, StepsCurve
+from d2r_core.data import Split
+from d2r_core.evaluation import Attack
 from d2r_core.norms import Norm
 from d2r_core.runtime import Precision
 from d2r_core.statistics import RESOLUTION, Comparison
 
 _ROUNDING: Mapping[Precision, float] = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of the largest logit
 _PIXEL = 1e-6  # what fp32 may add to a pixel's distance, with room to spare
+_LOSSES = 0.1  # the share of the images by which one loss may beat the other; see losses
 _QUARTER = 0.25  # of eps; see noise
 
 
@@ -86,26 +85,27 @@ def examine(
         )
         return outcome.correct(split.labels.cpu()) & clean
 
-    before = _state(model)
+    before = probes.state(model)
     with under_attack(model), runtime.autocast(next(model.parameters()).device, precision):
         training = any(module.training for module in model.modules())
         answers, again = (
-            _logits(model, split, size) for size in (batch_size, max(1, min(batch_size, len(split)) // 2))
+            probes.logits(model, split, size) for size in (batch_size, max(1, min(batch_size, len(split)) // 2))
         )
-        sizes = _gradient_sizes(model, split, eps, norm, batch_size=batch_size, seed=seed, numbers=numbers)
+        sizes = probes.gradient_sizes(model, split, eps, norm, batch_size=batch_size, seed=seed, numbers=numbers)
     queried = standing("black_box", black_box) if black_box else None
-    crafted = standing("transfer", _crafted_on(other[1], eps, step_size, steps, norm)) if other else None
-    noisy = standing("noise", _random_step(eps, norm))
+    crafted = standing("transfer", probes.crafted_on(other[1], eps, step_size, steps, norm)) if other else None
+    noisy = standing("noise", probes.random_step(eps, norm))
     found = [
         more_steps(steps_curve, clean),
         large_eps(eps_curve),
-        _white_box("black_box", "black box", queried, white, "the black box"),
-        _white_box("transfer", "transfer", crafted, white, f"what fools the {other[0]}" if other else "another model"),
+        score_based(queried, white),
+        transfer(crafted, white, other[0] if other else ""),
+        losses(standing("margin", evaluation.cw(eps, step_size, steps, norm)), white),
         gradients(sizes[:, clean]),
         noise(noisy, eps_curve.standing(_QUARTER * eps), clean, eps),
         logits(answers),
     ]
-    after = _state(model)
+    after = probes.state(model)
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     return [
         *found,
@@ -122,14 +122,14 @@ def more_steps(curve: StepsCurve, clean: Tensor) -> Check:
         (fewer, more): Comparison.of(runs[first], runs[second])
         for (first, fewer), (second, more) in combinations(enumerate(numbers), 2)
     }
-    (fewer, more), worst = min(compared.items(), key=lambda item: (item[1].holds, item[1].chance))
+    (fewer, more), worst = min(compared.items(), key=lambda item: (item[1].holds(), item[1].chance))
     accuracies = ", ".join(
-        f"{number}: {_percent(int(run.sum()), len(run))}" for number, run in zip(numbers, runs, strict=True)
+        f"{number}: {evaluation.accuracy(run):.1%}" for number, run in zip(numbers, runs, strict=True)
     )
     found = f"Accuracy by number of steps is {accuracies}"
-    if not worst.holds:
+    if not worst.holds():
         found += f"; {fewer} steps fool {worst.exceptions} images that {more} do not, and {worst.others} the other way"
-    return Check("more_steps", "More steps are never weaker", worst.holds, f"{found}.")
+    return Check("more_steps", "More steps are never weaker", worst.holds(), f"{found}.")
 
 
 def large_eps(curve: EpsCurve) -> Check:
@@ -137,6 +137,28 @@ def large_eps(curve: EpsCurve) -> Check:
     last = curve.points[-1]
     found = f"At eps {last['eps']:.4g}, {last['correct']} of {last['images']} images stand."
     return Check("large_eps", "A large eps fools every image", last["correct"] == 0, found)
+
+
+def score_based(queried: Tensor | None, white: Tensor) -> Check:
+    """An attack that does not see the gradients must be no stronger than PGD, which does."""
+    name = "White box is at least as strong as black box"
+    if queried is None:
+        return Check("black_box", name, None, "There was no black-box attack.")
+    return Check("black_box", name, *_against_pgd(queried, white, "the black box"))
+
+
+def transfer(crafted: Tensor | None, white: Tensor, other: str) -> Check:
+    """Nor must what fools another model."""
+    name = "White box is at least as strong as transfer"
+    if crafted is None:
+        return Check("transfer", name, None, "There was no other model.")
+    return Check("transfer", name, *_against_pgd(crafted, white, f"what fools the {other}"))
+
+
+def losses(margin: Tensor, white: Tensor) -> Check:
+    """PGD on the cross-entropy must find about what it finds on the margin, however the logits are scaled or bent."""
+    name = "The cross-entropy is about as strong as the margin loss"
+    return Check("losses", name, *_against_pgd(margin, white, "the margin loss", share=_LOSSES))
 
 
 def gradients(sizes: Tensor) -> Check:
@@ -167,7 +189,7 @@ def noise(noisy: Tensor, quarter: Tensor, clean: Tensor, eps: float) -> Check:
         f"Of {right} images, random noise of size {eps:.4g} fools {right - int(noisy.sum())}, "
         f"PGD at a quarter of it {right - int(quarter.sum())}."
     )
-    return Check("noise", "Random noise is almost harmless", compared.holds, found)
+    return Check("noise", "Random noise is almost harmless", compared.holds(), found)
 
 
 def logits(answers: Tensor) -> Check:
@@ -227,70 +249,11 @@ def perturbation(distances: Mapping[str, Tensor], saved: tuple[Tensor, Tensor], 
     return Check("perturbation", "Perturbations stay within eps and [0, 1]", within, found)
 
 
-def _white_box(key: str, name: str, first: Tensor | None, white: Tensor, what: str) -> Check:
-    """An attack that does not see the model's gradients must be no stronger than PGD, which does."""
-    title = f"White box is at least as strong as {name}"
-    if first is None:
-        return Check(key, title, None, f"Not asked: {what} was not given.")
+def _against_pgd(first: Tensor, white: Tensor, what: str, *, share: float = RESOLUTION) -> tuple[bool, str]:
+    """Whether an attack is no stronger than PGD, from the images that stand under either; and the figures."""
     compared = Comparison.of(first, white)
     found = (
         f"Of {compared.images} images, {what} alone fools {compared.exceptions} and PGD alone {compared.others}; "
         f"{int(first.sum())} and {int(white.sum())} stand."
     )
-    return Check(key, title, compared.holds, found)
-
-
-def _crafted_on(other: nn.Module, eps: float, step_size: float, steps: int, norm: Norm) -> Attack:
-    """The adversarial images of another model, after all steps: those that just fool it seldom fool a second one."""
-    attack = last_iterate(eps, step_size, steps, norm)
-    return lambda model, x, y, noise: attack(other, x, y, noise)
-
-
-def _random_step(eps: float, norm: Norm) -> Attack:
-    """A step of length eps in a random direction: for Linf, to a random corner of the ball."""
-
-    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return (x + norms.steepest(noise(0), eps, norm)).clamp(0.0, 1.0)
-
-    return attack
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and buffer."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in named}
-
-
-def _logits(model: nn.Module, split: Split, batch_size: int) -> Tensor:
-    """float32 (N, C), on the CPU."""
-    device = next(model.parameters()).device
-    with torch.no_grad(), runtime.eager(runtime.is_compiled(model)):
-        batches = [full(model(to_float(images.to(device)))).float().cpu() for images in split.images.split(batch_size)]
-    return torch.cat(batches)
-
-
-def _gradient_sizes(
-    model: nn.Module, split: Split, eps: float, norm: Norm, *, batch_size: int, seed: int, numbers: Tensor
-) -> Tensor:
-    """The largest component of the cross-entropy's gradient at each image and at PGD's random start, (2, N)."""
-    device = next(model.parameters()).device
-    sizes = []
-    for index in torch.arange(len(split)).split(batch_size):
-        images, labels = split.take(index.to(split.labels.device)).to(device)
-        x = to_float(images)
-        draw = evaluation.noise_of(numbers[index], x.shape[1:], seed=seed, device=device)(0)
-        start = (x + norms.start(draw, eps, norm)).clamp(0.0, 1.0)
-        sizes.append(torch.stack([_largest_gradient(model, point, labels) for point in (x, start)]))
-    return torch.cat(sizes, 1).cpu()
-
-
-def _largest_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    with torch.enable_grad(), runtime.eager(runtime.is_compiled(model)):
-        loss = F.cross_entropy(full(model(x)), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, x)
-    return gradient.abs().flatten(1).amax(1)
-
-
-def _percent(count: int, images: int) -> str:
-    return f"{count / images:.1%}"
+    return compared.holds(share), found

@@ -75,6 +75,6 @@ class Comparison(NamedTuple):
         """The probability of so many exceptions, were both equally strong."""
         return sign_test(self.exceptions, self.others)
 
-    @property
-    def holds(self) -> bool:
-        return self.chance >= _CHANCE or self.exceptions - self.others <= RESOLUTION * self.images
+    def holds(self, share: float = RESOLUTION) -> bool:
+        """Unless the first is stronger beyond chance, and its surplus more than this share of the images."""
+        return self.chance >= _CHANCE or self.exceptions - self.others <= share * self.images

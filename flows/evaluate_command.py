@@ -26,6 +26,7 @@ def evaluate(
         "data/prepared"
     ),
     source: Annotated[Source | None, typer.Option(help="what the raw images are")] = None,
+    classes: Annotated[int | None, typer.Option(help="of a .safetensors split, if not all are in it")] = None,
     architecture: Annotated[Architecture | None, typer.Option(help="where no JSON beside the file names it")] = None,
     depth: Annotated[int | None, typer.Option(help="of a wide_resnet")] = None,
     widen_factor: Annotated[int | None, typer.Option(help="of a wide_resnet")] = None,
@@ -63,7 +64,7 @@ def evaluate(
     )
     described: dict[str, Any] = {"name": architecture, "depth": depth, "widen_factor": widen_factor, "width": width}
     described["strides"] = _strides(strides)
-    images = heldout.load(data, settings.prepare, source)
+    images = heldout.load(data, settings.prepare, source, classes)
     device = runtime.device(settings.runtime.device)
     given = {key: value for key, value in described.items() if value is not None}
     subjects = {"target": _subject(checkpoint, given, images, settings, paths, device)}

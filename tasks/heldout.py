@@ -24,23 +24,24 @@ class Heldout(NamedTuple):
     hash: str
 
 
-def load(path: Path, prepare: Prepare, source: str | None) -> Heldout:
+def load(path: Path, prepare: Prepare, source: str | None = None, classes: int | None = None) -> Heldout:
     """The test images at `path`, in an order that depends on nothing but their names.
 
     Args:
         path: a folder that `prepare` wrote, a `.safetensors` file of uint8 `images` and int64 `labels`, or with
             `source` what `prepare` takes of that kind. Of an image folder without a test split all images are taken.
+        classes: how many there are, if a `.safetensors` file does not hold an image of the last one.
 
     Raises:
         UserError: there is nothing of the kind, or an image cannot be used.
     """
     if source:
-        split, classes = _decoded(path, prepare, source)
-        return Heldout(split, classes, source, content_hash({"test": split}))
+        split, names = _decoded(path, prepare, source)
+        return Heldout(split, names, source, content_hash({"test": split}))
     if path.suffix == ".safetensors":
         split = load_split(path)
-        classes = [str(label) for label in range(int(split.labels.max()) + 1)]
-        return Heldout(split, classes, path.name, content_hash({"test": split}))
+        names = [str(label) for label in range(classes or int(split.labels.max()) + 1)]
+        return Heldout(split, names, path.name, content_hash({"test": split}))
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

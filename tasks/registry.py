@@ -41,7 +41,7 @@ def register(settings: Settings, paths: Paths) -> int:
         UserError: an artifact is missing, or the artifacts do not belong together.
     """
     metadata, robustness = _evaluated(paths)
-    attacks = robustness["models"]["target"]["attacks"]
+    attacks, checks = (robustness["models"]["target"][key] for key in ("attacks", "checks"))
     tags = {
         "git_commit": metadata["git_commit"],
         "git_dirty": str(metadata["git_dirty"]).lower(),
@@ -52,6 +52,8 @@ def register(settings: Settings, paths: Paths) -> int:
         "clean_accuracy": str(attacks["clean"]["accuracy"]),
         "robust_accuracy": str(attacks["worst"]["accuracy"]),
         "eps": str(attacks["worst"]["eps"]),
+        "checks": ", ".join(check["key"] for check in checks if check["passed"] is False) or "passed",
+        "checks_not_passed": json.dumps([check for check in checks if check["passed"] is not True]),
     }
     name = settings.promote.model_name
     with _client(settings, paths) as client:
@@ -64,8 +66,9 @@ def register(settings: Settings, paths: Paths) -> int:
 
 
 def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
-    """Judge a version by the floors of `promote` and against the champion on the same data; tag it with the verdict.
+    """Judge a version by its self-checks, the floors of `promote` and the champion; tag it with the verdict.
 
+    A failed self-check refuses it: its figures may be too high. One that could not be asked is told among the reasons.
     The champion's recorded figure is used if it stands on the same data and evaluation; otherwise the champion is
     attacked anew on the present test images.
 
@@ -78,7 +81,7 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
         if "robust_accuracy" not in challenger.tags:
             raise UserError(f"{limits.model_name} version {version} has no figures: it was not registered by `d2r`.")
         clean, robust = (float(challenger.tags[f"{kind}_accuracy"]) for kind in ("clean", "robust"))
-        checks = [
+        judged = [
             _floor("Clean accuracy", clean, limits.min_clean_accuracy, "promote.min_clean_accuracy"),
             _floor(
                 f"Robust accuracy (worst attack, eps {float(challenger.tags['eps']):.4g})",
@@ -86,17 +89,18 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
                 limits.min_robust_accuracy,
                 "promote.min_robust_accuracy",
             ),
+            *_self_checks(challenger),
         ]
         champion_version = _alias(client, limits.model_name, "champion")
         if champion_version == version:
-            checks.append((True, "It is the champion itself."))
+            judged.append((True, "It is the champion itself."))
         elif champion_version is None:
-            checks.append((True, "There is no champion to compare with."))
+            judged.append((True, "There is no champion to compare with."))
         else:
             holder = client.get_model_version(limits.model_name, str(champion_version))
-            checks.append(_comparison(client, settings, paths, challenger, holder))
-        passed = all(ok for ok, _ in checks)
-        verdict = Verdict(passed, tuple(sentence for ok, sentence in checks if ok == passed))
+            judged.append(_comparison(client, settings, paths, challenger, holder))
+        passed = all(ok for ok, _ in judged)
+        verdict = Verdict(passed, tuple(sentence for ok, sentence in judged if ok == passed))
         client.set_model_version_tag(limits.model_name, str(version), "gate", "passed" if passed else "failed")
         client.set_model_version_tag(limits.model_name, str(version), "gate_settings", settings.hash("promote"))
         client.set_model_version_tag(limits.model_name, str(version), "gate_reasons", "\n".join(verdict.reasons))
@@ -230,6 +234,21 @@ def _version(client: "MlflowClient", name: str, version: int) -> "ModelVersion |
 def _floor(what: str, accuracy: float, floor: float, key: str) -> tuple[bool, str]:
     ok = accuracy >= floor
     return ok, f"{what} {accuracy:.2%} {'reaches' if ok else 'is below'} the floor of {floor:.2%} ({key})."
+
+
+def _self_checks(version: "ModelVersion") -> list[tuple[bool, str]]:
+    """What the evaluation found when it looked for reasons to distrust itself."""
+    if "checks" not in version.tags:
+        return [(False, "No self-checks were recorded with its figures. Evaluate it anew: `d2r run`.")]
+    sentences = [
+        (
+            check["passed"] is None,
+            f"Self-check {'not asked' if check['passed'] is None else 'failed'}: {check['name']}. {check['found']} "
+            f"See docs/evaluation.md#{check['key'].replace('_', '-')}.",
+        )
+        for check in json.loads(version.tags["checks_not_passed"])
+    ]
+    return sentences or [(True, "All self-checks passed.")]
 
 
 def _comparison(

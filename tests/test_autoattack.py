@@ -9,13 +9,13 @@ from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from d2r_core import evaluation
+from d2r_core import evaluation, models, norms
 from d2r_core.data import Split, to_float
 from d2r_core.evaluation import Outcome
 from d2r_core.norms import Norm
 from tasks import autoattack
 
-BUDGET = {"_STEPS": 20, "_QUERIES": 200, "_TARGETS": 3}  # of the tests
+BUDGET = {"_STEPS": 12, "_QUERIES": 60, "_TARGETS": 2}  # of the tests
 RADII: dict[Norm, float] = {"Linf": digits.EPS, "L2": 0.9}
 NAMES = ["APGD-CE", "APGD-T", "FAB-T", "Square"]
 
@@ -30,14 +30,14 @@ def ours(norm: Norm, classes: int = 10) -> dict[str, evaluation.Attack]:
     return autoattack.attacks("standard", eps=RADII[norm], norm=norm, seed=0, classes=classes)
 
 
-def theirs(model: nn.Module, norm: Norm, steps: int = 20, queries: int = 200) -> AutoAttack:
+def theirs(model: nn.Module, norm: Norm, steps: int = 12, queries: int = 60) -> AutoAttack:
     adversary = AutoAttack(model, norm=norm, eps=RADII[norm], seed=0)
     for part in (adversary.apgd, adversary.apgd_targeted):
         part.n_iter = part.n_iter_orig = steps
         part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     adversary.fab.n_iter = steps
     adversary.square.n_queries = queries
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = 3
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = 2
     return adversary
 
 
@@ -45,21 +45,51 @@ def run(attack: evaluation.Attack, split: Split, norm: Norm, **options: Any) -> 
     return evaluation.run(digits.model(), split, attack, norm=norm, seed=0, **{"batch_size": 100, **options})
 
 
+class OneDraw:
+    """The same draw for every image, whichever others are in the batch: so the authors' code and ours draw alike."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.uniform = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.rand = torch.rand
+        self.columns = 0  # of the draw that Square has used
+        monkeypatch.setattr(torch, "rand", self._rand)
+        monkeypatch.setattr(torch, "randn", lambda shape: norms.normal(2 * self._rand(shape) - 1))
+        monkeypatch.setattr(evaluation, "noise_of", lambda numbers, *_, **__: self.noise(len(numbers)))
+
+    def noise(self, images: int) -> evaluation.Noise:
+        return lambda restart: (2 * self.uniform - 1).expand(images, 3, 8, 8)
+
+    def _rand(self, shape: Any) -> Tensor:
+        if len(shape) < 4:
+            return self.rand(shape)  # torch's stream: what all images share
+        if list(shape[2:]) != [1, 1]:
+            return self.uniform[:, : shape[2]].expand(*shape).clone()
+        self.columns += 1
+        return self.uniform.flatten(1)[:, (self.columns - 1) % 64][:, None, None].expand(*shape).clone()
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_the_survivors_are_those_of_the_authors_code(norm: Norm) -> None:
-    model, split = digits.model(), digits.unseen(60)
+def test_with_the_same_draws_the_survivors_are_those_of_the_authors_code(
+    norm: Norm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, split, draws = digits.model(), digits.unseen(60), OneDraw(monkeypatch)
     x, y = to_float(split.images), split.labels
+
+    def survivors(x_adv: Tensor) -> Tensor:
+        return model(x_adv).argmax(1) == y
+
+    clean = survivors(x)
     plain = theirs(model, norm).run_standard_evaluation_individual(x, y, batch_size=60)
-    clean = run(evaluation.clean(), split, norm).correct(y)
     for attack, (x_adv, _) in zip(ours(norm).values(), plain.values(), strict=True):
-        outcome = run(attack, split, norm)
-        survivors = model(x_adv).argmax(1) == y
-        assert torch.equal(outcome.correct(y), survivors)
-        assert survivors.sum() < clean.sum()
-        assert outcome.distances.max() <= RADII[norm] + 1e-6
+        found = attack(model, x, y, draws.noise(60))
+        assert torch.equal(survivors(found), survivors(x_adv))
+        assert survivors(found).sum() < clean.sum()
+        assert norms.size(found.double() - x.double(), norm).max() <= RADII[norm] + 1e-6
+
+    draws.columns = 0
     x_adv, _ = theirs(model, norm).run_standard_evaluation(x, y, batch_size=60)
     outcome, stood = evaluation.cascade(model, split, ours(norm), batch_size=60, seed=0, norm=norm)
-    assert torch.equal(outcome.correct(y), model(x_adv).argmax(1) == y)
+    assert torch.equal(outcome.correct(y), survivors(x_adv))
     assert list(stood) == NAMES
     assert list(stood.values()) == sorted(stood.values(), reverse=True)
 
@@ -78,7 +108,7 @@ def test_from_the_same_start_apgd_finds_the_same_images_as_the_authors_code() ->
             first[new] = images[new].detach()
         return logits
 
-    plain = APGDAttack(watched, n_iter=20, eps=digits.EPS, seed=0, device=torch.device("cpu"))
+    plain = APGDAttack(watched, n_iter=12, eps=digits.EPS, seed=0, device=torch.device("cpu"))
     plain.perturb(x, y)
     torch.manual_seed(0)
     start = 2 * torch.rand(x.shape) - 1
@@ -88,14 +118,33 @@ def test_from_the_same_start_apgd_finds_the_same_images_as_the_authors_code() ->
     torch.testing.assert_close(found[fell], first[fell], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 7, 200])
+def test_any_number_of_classes(classes: int) -> None:
+    """No four logits for the targeted DLR loss, fewer targets than nine, or many."""
+    torch.manual_seed(0)
+    model = models.build("wide_resnet", num_classes=classes, image_size=8, depth=10, widen_factor=1).eval()
+    images = digits.unseen(8).images
+    with torch.no_grad():
+        split = Split(images, model(to_float(images)).argmax(1))  # right by definition
+    stages = ours("Linf", classes)
+    assert list(stages)[1] == ("APGD-T (unscaled)" if classes < 4 else "APGD-T")
+    attacked = {name: evaluation.run(model, split, attack, batch_size=8, seed=0) for name, attack in stages.items()}
+    assert all(outcome.correct(split.labels).sum() < 8 for name, outcome in attacked.items() if name != "Square")
+
+
+def test_quick_is_the_first_half_of_standard() -> None:
+    quick = autoattack.attacks("quick", eps=0.1, norm="Linf", seed=0, classes=10)
+    assert list(quick) == NAMES[:2]
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_image_depends_on_its_company(norm: Norm, name: str) -> None:
-    split, attack = digits.unseen(40), ours(norm)[name]
+    split, attack = digits.unseen(15), ours(norm)[name]
     whole = run(attack, split, norm)
     for size in (1, 7):
         same(run(attack, split, norm, batch_size=size), whole)
-    few = torch.tensor([31, 2, 17, 8, 25])
+    few = torch.tensor([11, 2, 7, 14])
     same(run(attack, split.take(few), norm, numbers=few), Outcome(*(column[few] for column in whole)))
 
 

@@ -35,6 +35,9 @@ from tasks.settings import Settings
 NAME = "digits"
 CLASSES = [f"digit {label}" for label in range(10)]
 HISTORY = "epoch,loss,clean_accuracy,robust_accuracy\n1,2.5,0.5,0.25\n2,1.5,0.75,0.5\n"
+PASSED = {"key": "large_eps", "name": "A large eps fools every image", "passed": True, "found": "0 of 100 stand."}
+FAILED = {"key": "more_steps", "name": "More steps are never weaker", "passed": False, "found": "100 are weaker."}
+UNASKED = {"key": "black_box", "name": "White box beats black box", "passed": None, "found": "No black box."}
 Change = Callable[..., Settings]
 
 
@@ -129,8 +132,10 @@ class Project:
         checkpoint.save(self.paths.target, model, metadata)
         return model
 
-    def evaluate(self, clean: float = 0.95, worst: float = 0.6) -> None:
-        """Figures of the target model, with the present settings and data."""
+    def evaluate(
+        self, clean: float = 0.95, worst: float = 0.6, checks: tuple[dict[str, object], ...] = (PASSED,)
+    ) -> None:
+        """Figures and self-checks of the target model, with the present settings and data."""
         figures = {"clean": {"accuracy": clean, "eps": 0.0}, "worst": {"accuracy": worst, "eps": 0.1}}
         content = {
             "data": {"hash": lineage.manifest(self.paths)["hash"]},
@@ -139,13 +144,14 @@ class Project:
                 "target": {
                     "weights_sha256": checkpoint.read_metadata(self.paths.target)["weights_sha256"],
                     "attacks": figures,
+                    "checks": checks,
                 },
                 "guidance": {"weights_sha256": "0", "attacks": {"clean": {"accuracy": 0.98, "eps": 0.0}}},
             },
         }
         self.paths.robustness.write_text(json.dumps(content))
 
-    def register(self, seed: int = 0, **figures: float) -> int:
+    def register(self, seed: int = 0, **figures: Any) -> int:
         self.train(seed)
         self.evaluate(**figures)
         return registry.register(self.settings, self.paths)
@@ -205,6 +211,8 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
         "clean_accuracy": "0.95",
         "robust_accuracy": "0.6",
         "eps": "0.1",
+        "checks": "passed",
+        "checks_not_passed": "[]",
     }
     assert project.challenger() == version
     assert project.champion() is None
@@ -446,6 +454,41 @@ def test_floors_decide_about_the_first_version(project: Project, change: Change)
     assert project.version(version).tags["gate_reasons"] == "\n".join(verdict.reasons)
 
 
+def test_failed_self_checks_refuse_a_version(project: Project) -> None:
+    trusted = project.register(seed=0, worst=0.5)
+    assert "All self-checks passed." in project.gate(trusted).reasons
+    project.promote(trusted)
+
+    masked = project.register(seed=1, worst=0.9, checks=(PASSED, FAILED, UNASKED))
+    assert project.version(masked).tags["checks"] == "more_steps"
+    verdict = project.gate(masked)
+    assert not verdict.passed
+    assert verdict.reasons == (
+        "Self-check failed: More steps are never weaker. 100 are weaker. See docs/evaluation.md#more-steps.",
+    )
+    assert project.version(masked).tags["gate"] == "failed"
+    assert project.champion() == trusted
+
+
+def test_self_checks_that_could_not_be_asked_are_told(project: Project) -> None:
+    version = project.register(checks=(PASSED, UNASKED))
+    assert project.version(version).tags["checks"] == "passed"
+    verdict = project.gate(version)
+    assert verdict.passed
+    assert (
+        "Self-check not asked: White box beats black box. No black box. See docs/evaluation.md#black-box."
+        in verdict.reasons
+    )
+
+
+def test_version_without_self_checks_is_refused(project: Project) -> None:
+    """As one that an older release registered."""
+    version = project.register()
+    mlflow.MlflowClient().delete_model_version_tag(NAME, str(version), "checks")
+    verdict = project.gate(version)
+    assert verdict.reasons == ("No self-checks were recorded with its figures. Evaluate it anew: `d2r run`.",)
+
+
 def test_champion_is_replaced_by_a_better_model_only(project: Project, change: Change) -> None:
     first = project.register(seed=0, worst=0.6)
     project.promote(first)
@@ -528,6 +571,17 @@ def test_champion_of_other_data_is_measured_anew(project: Project) -> None:
         project.gate(worse)
 
 
+@pytest.mark.parametrize("other", [{"eps": 0.05}, {"norm": "L2"}, {"precision": "tf32"}])
+def test_figures_of_another_evaluation_are_not_compared_as_recorded(
+    project: Project, change: Change, other: dict[str, Any]
+) -> None:
+    project.promote(project.register(seed=0, worst=0.99))
+    project.settings = change(evaluate=other)
+    verdict = project.gate(project.register(seed=1, worst=0.98))
+    assert verdict.passed
+    assert "(version 1, measured anew on this data; " in verdict.reasons[-1]
+
+
 def test_champion_of_other_classes_is_not_compared(project: Project) -> None:
     project.promote(project.register(seed=0))
     project.train(seed=1, classes=[*CLASSES[:9], "letter a"])
@@ -575,3 +629,21 @@ def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> N
     condition = cast(Callable[..., bool], task.retry_condition_fn)
     assert condition(task, None, Failed(data=tracking.UnavailableError("away")))
     assert not condition(task, None, Failed(data=UserError("refused")))
+
+
+def test_a_registered_checkpoint_can_be_had_by_its_reference(project: Project, tmp_path: Path) -> None:
+    version = project.register()
+    project.promote(version)
+    weights = project.paths.target.read_bytes()
+    for number, reference in enumerate((f"models:/{NAME}@champion", f"models:/{NAME}/{version}")):
+        path = registry.download(project.settings, project.paths, reference, tmp_path / f"had{number}")
+        assert path.read_bytes() == weights
+        assert checkpoint.load(path, torch.device("cpu"))
+    for reference, message in (
+        (f"models:/{NAME}@winner", "there is no such version in MLflow"),
+        (f"models:/{NAME}/7", "there is no such version in MLflow"),
+        ("models:/other@champion", "there is no such version in MLflow"),
+        (f"models:/{NAME}", "write models:/NAME@champion, models:/NAME@challenger or models:/NAME/VERSION"),
+    ):
+        with pytest.raises(UserError, match=message):
+            registry.download(project.settings, project.paths, reference, tmp_path / "none")

@@ -1,0 +1,195 @@
+"""PGD-20, CW-20 and AutoAttack on the same model and images: as plainly written, and as the evaluation runs them.
+
+    python benchmarks/evaluate.py --rounds 5 --images 200 --autoattack-images 50
+    python benchmarks/evaluate.py --checkpoint models/target.safetensors --data data/prepared --eps 8/255
+
+Without a checkpoint, a WideResNet-10-2 is first trained on scikit-learn's digits at 32 pixels. All variants take turns
+in one process, so that what else the machine does hits them alike; medians and ratios are what counts.
+"""
+
+import argparse
+import copy
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2r_core import attacks, checkpoint, evaluation, models, runtime
+from d2r_core.data import Split, balanced_order, to_float
+from tasks import autoattack, heldout
+from tasks.autoattack import Level
+from tasks.settings import load as load_settings
+
+STEPS = 20
+CPU = torch.device("cpu")
+Variant = Callable[[], Tensor]  # bool (N,): the images that stand
+
+
+def plain_pgd(
+    model: nn.Module, split: Split, *, eps: float, loss: str, weights: bool, every: bool, batch: int
+) -> Tensor:
+    """PGD on all images for all steps, in the default memory layout.
+
+    Args:
+        weights: whether the backward pass computes the weights' gradients too, as in published loops.
+        every: look at each iterate, instead of the last one.
+    """
+    generator = runtime.generator(0, CPU)
+    device = next(model.parameters()).device
+    standing = []
+    for index in torch.arange(len(split)).split(batch):
+        x, y = to_float(split.images[index]).to(device), split.labels[index].to(device)
+        noise = torch.empty(x.shape).uniform_(-1, 1, generator=generator).to(device)
+        x_adv = (x + eps * noise).clamp(0, 1)
+        right = model(x).argmax(1) == y
+        for _ in range(STEPS):
+            x_adv = x_adv.detach().requires_grad_()
+            logits = model(x_adv)
+            value = F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else -attacks.margin(logits, y).sum()
+            if every:
+                right &= logits.argmax(1) == y
+            if weights:
+                value.backward()
+                assert x_adv.grad is not None
+                gradient = x_adv.grad
+            else:
+                (gradient,) = torch.autograd.grad(value, x_adv)
+            x_adv = x_adv.detach() + eps / 4 * gradient.sign()
+            x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+        with torch.no_grad():
+            standing.append(right & (model(x_adv).argmax(1) == y))
+    return torch.cat(standing).cpu()
+
+
+def plain_autoattack(model: nn.Module, split: Split, level: Level, *, eps: float, classes: int, batch: int) -> Tensor:
+    """pyautoattack as its README calls it."""
+    from pyautoattack import AutoAttack
+
+    device = next(model.parameters()).device
+    x, y = to_float(split.images).to(device), split.labels.to(device)
+    quick = {"version": "custom", "attacks": ["apgd-ce", "apgd-t"]} if level == "quick" else {}
+    adversary = AutoAttack(model, norm="Linf", eps=eps, seed=0, device=device, **quick)
+    adversary.apgd.n_restarts = 1
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
+    x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=batch)
+    with torch.no_grad():
+        return torch.cat([model(part).argmax(1) for part in x_adv.split(batch)]).cpu() == split.labels
+
+
+def compare(title: str, variants: dict[str, Variant], rounds: int) -> None:
+    """Time the variants in turns; the first one is what the others' ratios stand against."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    standing: dict[str, Tensor] = {}
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            begun = time.perf_counter()
+            standing[name] = variant()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    first = next(iter(medians))
+    print(
+        f"\n{title}\n| | standing | differ from the first | median s (least to most) | ratio |\n|---|---|---|---|---|"
+    )
+    for name, median in medians.items():
+        differ = int((standing[name] != standing[first]).sum())
+        spread = f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}"
+        count = f"{int(standing[name].sum())} of {len(standing[name])}"
+        print(f"| {name} | {count} | {differ} | {median:.2f} ({spread}) | {medians[first] / median:.2f} |", flush=True)
+
+
+def trained(device: torch.device, seconds: float, eps: float) -> tuple[nn.Module, Split]:
+    """A small network after `seconds` of adversarial training on digits, and digits that it has not seen."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images / 16).float()[:, None]
+    pixels = F.interpolate(grey, size=32, mode="bilinear").mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    images, labels = pixels.contiguous(), torch.from_numpy(digits.target).long()
+    torch.manual_seed(0)
+    model = models.build("wide_resnet", num_classes=10, depth=10, widen_factor=2).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=2e-4)
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        index = torch.randint(0, 1200, (64,))
+        x, y = to_float(images[index]).to(device), labels[index].to(device)
+        x_adv = attacks.pgd(model, x, y, eps=eps, step_size=eps / 2, steps=3)
+        model.train()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x_adv), y).backward()
+        optimizer.step()
+    return model.eval(), Split(images[1200:], labels[1200:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="one of ours, with its JSON; otherwise one is trained")
+    parser.add_argument("--data", type=Path, default=Path("data/prepared"))
+    parser.add_argument("--eps", default="0.1")
+    parser.add_argument("--train-seconds", type=float, default=60.0)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--autoattack-images", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip-standard", action="store_true", help="AutoAttack's quick level alone")
+    options = parser.parse_args()
+    runtime.set_precision("fp32")
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    eps, batch, device = float(Fraction(options.eps)), options.batch, runtime.device("auto")
+    if options.checkpoint:
+        model, _ = checkpoint.load(options.checkpoint, device)
+        whole = heldout.load(options.data, load_settings(Path("params.yaml")).prepare).split
+    else:
+        model, whole = trained(device, options.train_seconds, eps)
+    order = balanced_order(whole.labels, 0)
+    split, few = whole.take(order[: options.images]), whole.take(order[: options.autoattack_images])
+    plain = copy.deepcopy(model)  # ours turns the weights' memory layout
+    classes = int(whole.labels.max()) + 1
+    common = {"batch_size": batch, "seed": 0}
+    print(
+        f"{type(model).__name__}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, eps {eps:.4g}"
+    )
+
+    for name, loss, attack in (
+        ("PGD-20", "ce", evaluation.pgd(eps, eps / 4, STEPS)),
+        ("CW-20", "margin", evaluation.cw(eps, eps / 4, STEPS)),
+    ):
+
+        def naive(weights: bool, every: bool, loss: str = loss) -> Tensor:
+            return plain_pgd(plain, split, eps=eps, loss=loss, weights=weights, every=every, batch=batch)
+
+        def ours(attack: evaluation.Attack = attack) -> Tensor:
+            return evaluation.run(model, split, attack, **common).correct(split.labels)
+
+        variants: dict[str, Variant] = {
+            "plain loop, gradient of the images alone": lambda: naive(False, False),
+            "the same, looking at every iterate": lambda: naive(False, True),
+            "as published: weights' gradients too": lambda: naive(True, False),
+            "ours": ours,
+        }
+        compare(f"{name}, {len(split)} images", variants, options.rounds)
+
+    levels: list[Level] = ["quick"] if options.skip_standard else ["quick", "standard"]
+    for level in levels:
+        stages = autoattack.attacks(level, eps=eps, norm="Linf", seed=0, classes=classes)
+
+        def theirs(level: Level = level) -> Tensor:
+            return plain_autoattack(plain, few, level, eps=eps, classes=classes, batch=batch)
+
+        def ours_in_turn(stages: dict[str, evaluation.Attack] = stages) -> Tensor:
+            return evaluation.cascade(model, few, stages, **common)[0].correct(few.labels)
+
+        compare(
+            f"AutoAttack {level}, {len(few)} images", {"pyautoattack": theirs, "ours": ours_in_turn}, options.rounds
+        )
+
+
+if __name__ == "__main__":
+    main()
