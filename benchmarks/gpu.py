@@ -48,30 +48,49 @@ class Measurement:
     open_ended: bool = False  # its figures count however far it came
 
 
-def measurements(state: Path, data: Mapping[str, Split], device: torch.device, *, miniature: bool) -> list[Measurement]:
+def measurements(
+    state: Path, data: Mapping[str, Split], prepared: Path, device: torch.device, *, miniature: bool
+) -> list[Measurement]:
     """The list, in its order. In miniature it takes the same ways with tiny models and few images."""
-    batch = ["--batch", "1", "--rounds", "1"] if miniature else ["--batch", "128", "--rounds", "5", "--compile"]
-    programs = {
+    size = ["--batch", "1", "--rounds", "1"] if miniature else ["--batch", "128", "--rounds", "5", "--compile"]
+    steps = {
         "GPU tests": ["tests/test_gpu.py"],
-        "The step, PreActResNet-18": ["benchmarks/step.py", "--model", "preact_resnet18", *batch],
+        "The step, PreActResNet-18": ["benchmarks/step.py", "--model", "preact_resnet18", *size],
     }
     if not miniature:
-        programs["The step, WideResNet-34-10"] = ["benchmarks/step.py", "--model", "wide_resnet", *batch]
-        programs["Precisions"] = ["benchmarks/precision.py"]
-    where = state / f"programs-{gpu_luggage.commit().split()[0]}"
-    listed = [
-        Measurement(
-            "programs",
-            "GPU tests, the step, the precisions",
-            where,
-            lambda stop, minutes: gpu_programs.run(programs, where, stop),
-            lambda: gpu_programs.figures(programs, where),
+        steps["The step, WideResNet-34-10"] = ["benchmarks/step.py", "--model", "wide_resnet", *size]
+    short = ["--help"] if miniature else ["--data", str(prepared), "--epochs", "1"]
+    precisions = {"One step and a short training": ["benchmarks/precision.py", *short]}
+    *trainings, wide = (
+        trained(
+            key,
+            title,
+            gpu_miniature.recipe(recipe) if miniature else recipe,
+            state,
+            data,
+            device,
+            evaluates=key != "cifar10-wide",
         )
+        for key, (title, recipe) in CIFAR10.items()
+    )
+    return [
+        programs("programs", "GPU tests and the step", steps, state),
+        *trainings,
+        programs("precision", "How far the faster settings are from fp32", precisions, state),
+        wide,
     ]
-    for key, (title, recipe) in CIFAR10.items():
-        chosen = gpu_miniature.recipe(recipe) if miniature else recipe
-        listed.append(trained(key, title, chosen, state, data, device, evaluates=key != "cifar10-wide"))
-    return listed
+
+
+def programs(key: str, title: str, commands: Mapping[str, list[str]], state: Path) -> Measurement:
+    """What these programs print."""
+    where = state / f"{key}-{gpu_luggage.commit().split()[0]}"
+    return Measurement(
+        key,
+        title,
+        where,
+        lambda stop, minutes: gpu_programs.run(commands, where, stop),
+        lambda: gpu_programs.figures(commands, where),
+    )
 
 
 def trained(
@@ -145,6 +164,16 @@ def _report(one: Measurement, results: Path, machine: str, stamp: str, commit: s
     gpu_results.write(results, one.key, stamp, f"{head}\n\n{text}")
 
 
+def check(data: Mapping[str, Split], folder: Path) -> None:
+    """Raise UserError for anything but CIFAR-10, whose name the figures bear."""
+    found = tuple(data["test"].images.shape)
+    if found != (10000, 3, 32, 32):
+        raise UserError(
+            f"{folder}: holds {found[0]} test images of {found[-1]} pixels, which is not CIFAR-10. "
+            "`d2r use cifar10_preact_resnet18` and `d2r stage prepare` prepare it."
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bring", action="store_true", help="pack what a rented machine lacks into .gpu/, and stop")
@@ -153,18 +182,24 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=gpu_luggage.ROOT / "docs/results.md", help="where figures go")
     parser.add_argument("--miniature", action="store_true", help="the whole list, tiny, on a CPU")
     arguments = parser.parse_args()
-    prepared = gpu_luggage.ROOT / "data/prepared"
+    prepared = gpu_luggage.ROOT / "data/prepared"  # where the project is installed
     try:
         if arguments.bring:
+            check(gpu_luggage.data(prepared), prepared)
             gpu_luggage.pack(prepared)
             return
         device = torch.device("cpu" if arguments.miniature else "cuda")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError("PyTorch sees no GPU here. `--miniature` tries the list on a CPU.")
         machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-        data = gpu_miniature.data() if arguments.miniature else gpu_luggage.data(prepared)
+        if arguments.miniature:
+            data = gpu_miniature.data()
+        else:
+            prepared = gpu_luggage.prepared(prepared)
+            data = gpu_luggage.data(prepared)
+            check(data, prepared)
         gpu_luggage.provide_autoattack()  # now, not after the first training
-        listed = measurements(arguments.state, data, device, miniature=arguments.miniature)
+        listed = measurements(arguments.state, data, prepared, device, miniature=arguments.miniature)
         slice_of(listed, arguments.results, f"{machine}, torch {torch.__version__}", arguments.minutes)
     except UserError as error:
         sys.exit(f"error: {error}")

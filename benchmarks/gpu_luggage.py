@@ -16,7 +16,7 @@ import torch
 from PIL import Image  # which torchvision brings along
 from safetensors.torch import load_file, save_file
 
-from d2r_core.data import Split, load_split
+from d2r_core.data import Split, load_split, save_split
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
 
@@ -30,15 +30,16 @@ _WEBP_PIXELS = 16383  # the most that a WebP image is high
 _MEASURED = ("d2r_core", "benchmarks", "tasks/autoattack.py", "tests/test_gpu.py")
 
 
-def pack(prepared: Path) -> None:
+def pack(folder: Path) -> None:
     """Write the luggage from a folder of prepared data.
 
     The images are stacked into columns and stored as lossless WebP, half the bytes that they take as tensors.
     """
-    splits = {name: load_split(prepared / f"{name}.safetensors") for name in _SPLITS}
-    shutil.rmtree(LUGGAGE, ignore_errors=True)
-    folder, used = LUGGAGE / "1", 0
-    folder.mkdir(parents=True)
+    splits = data(folder)
+    for old in (*LUGGAGE.glob("[0-9]*"), LUGGAGE / "prepared"):
+        shutil.rmtree(old, ignore_errors=True)
+    bag, used = LUGGAGE / "1", 0
+    bag.mkdir(parents=True)
     for name, split in splits.items():
         step = _WEBP_PIXELS // split.images.shape[2]
         for start in range(0, len(split), step):
@@ -47,9 +48,9 @@ def pack(prepared: Path) -> None:
             Image.fromarray(rows.flatten(0, 1).numpy()).save(column, "WEBP", lossless=True, exact=True)
             used += column.tell()
             if used > _FOLDER_BYTES:
-                folder, used = LUGGAGE / str(int(folder.name) + 1), column.tell()
-                folder.mkdir()
-            (folder / f"{name}-{start:06}.webp").write_bytes(column.getvalue())
+                bag, used = LUGGAGE / str(int(bag.name) + 1), column.tell()
+                bag.mkdir()
+            (bag / f"{name}-{start:06}.webp").write_bytes(column.getvalue())
     save_file({name: split.labels for name, split in splits.items()}, LUGGAGE / "1/labels.safetensors")
     found = importlib.util.find_spec("pyautoattack")
     assert found is not None
@@ -60,22 +61,23 @@ def pack(prepared: Path) -> None:
     write_text(LUGGAGE / "1/commit", commit())
     folders = ", ".join(
         f"{path} ({sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB)"
-        for path in sorted(LUGGAGE.iterdir())
+        for path in sorted(LUGGAGE.glob("[0-9]*"))
     )
     print(f"packed for the rented machine: {folders}")
 
 
-def data(prepared: Path) -> dict[str, Split]:
-    """The splits by name: the prepared ones where they are, else the luggage's. Raises UserError without either."""
-    if (prepared / "train.safetensors").exists():
-        return {name: load_split(prepared / f"{name}.safetensors") for name in _SPLITS}
+def prepared(folder: Path) -> Path:
+    """The folder of prepared data: this one, or the luggage's, unpacked. Raises UserError without either."""
+    unpacked = LUGGAGE / "prepared"
+    for found in (folder, unpacked):
+        if all((found / f"{name}.safetensors").exists() for name in _SPLITS):
+            return found
     if not (LUGGAGE / "1/labels.safetensors").exists():
         raise UserError(
-            f"{prepared}: holds no prepared data, and {LUGGAGE} does not either. Where the project is installed, "
+            f"{folder}: holds no prepared data, and {LUGGAGE} does not either. Where the project is installed, "
             "prepare CIFAR-10 (`d2r use cifar10_preact_resnet18`, `d2r stage prepare`), run "
             "`benchmarks/gpu.sh --bring` and copy the folders of .gpu here."
         )
-    splits = {}
     for name, labels in load_file(LUGGAGE / "1/labels.safetensors").items():
         pieces = sorted(LUGGAGE.glob(f"*/{name}-*.webp"), key=lambda path: path.name)
         columns = [torch.from_numpy(np.array(Image.open(piece))) for piece in pieces]
@@ -86,8 +88,13 @@ def data(prepared: Path) -> dict[str, Split]:
                 f"{LUGGAGE}: has {count} of the {len(labels)} {name} images. Copy all of its folders: "
                 "`benchmarks/gpu.sh --bring` names them."
             )
-        splits[name] = Split(torch.cat(images).contiguous(), labels)
-    return splits
+        save_split(unpacked / f"{name}.safetensors", Split(torch.cat(images), labels))
+    return unpacked
+
+
+def data(folder: Path) -> dict[str, Split]:
+    """The splits of a folder of prepared data, by name."""
+    return {name: load_split(folder / f"{name}.safetensors") for name in _SPLITS}
 
 
 def provide_autoattack() -> None:

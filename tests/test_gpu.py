@@ -4,6 +4,7 @@ import sys
 import unittest
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import toy
@@ -128,7 +129,7 @@ def test_a_streamed_batch_is_the_resident_one() -> None:
 
 
 def test_an_interrupted_training_learns_as_well() -> None:
-    def train(**changes: object) -> float:
+    def train(**changes: Any) -> float:
         made = toy.d2r().to(GPU)
         kept, _ = toy.fit(made, device=GPU, epochs=6, precision="bf16", **changes)
         return kept.metrics["robust_accuracy"]

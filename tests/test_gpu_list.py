@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_stopped_and_killed_it_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
     state, results = tmp_path / "state", tmp_path / "results.md"
     arguments = ["--miniature", "--state", str(state), "--results", str(results)]
     results.write_text("# Measured\n\nOther figures.\n")
-    for key in ("programs", "cifar10-d2r-awp-ema", "cifar10-trades"):
+    for key in ("programs", "cifar10-d2r-awp-ema", "cifar10-trades", "precision"):
         gpu_results.write(results, key, gpu_luggage.commit(), "Measured already.")
     before = results.read_text()
 
@@ -150,7 +151,7 @@ def test_a_failure_is_noted_and_does_not_keep_the_others_from_running(tmp_path: 
 
 def test_the_results_have_a_place_for_each_measurement(tmp_path: Path) -> None:
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    for one in gpu.measurements(tmp_path, gpu_miniature.data(), CPU, miniature=False):
+    for one in gpu.measurements(tmp_path, gpu_miniature.data(), tmp_path, CPU, miniature=False):
         assert f"\n<!-- gpu:{one.key} " in text
         assert f"-->\n### {one.title}\n" in text
 
@@ -166,16 +167,17 @@ def test_the_luggage_holds_the_data_to_the_bit(tmp_path: Path, monkeypatch: pyte
         for name, count in (("train", 1200), ("validation", 11), ("test", 30))
     }
     with pytest.raises(UserError, match=r"holds no prepared data, .* run `benchmarks/gpu\.sh --bring`"):
-        gpu_luggage.data(tmp_path)
+        gpu_luggage.prepared(tmp_path)
     for name, split in splits.items():
         save_split(tmp_path / f"prepared/{name}.safetensors", split)
     gpu_luggage.pack(tmp_path / "prepared")
     assert {path.name for path in (tmp_path / "luggage").iterdir()} == {"1", "2"}
     assert (tmp_path / "luggage/1/pyautoattack/square.py").exists()
-    found = gpu_luggage.data(tmp_path)
+    found = gpu_luggage.data(gpu_luggage.prepared(tmp_path))
     for name, split in splits.items():
         assert torch.equal(found[name].images, split.images)
         assert torch.equal(found[name].labels, split.labels)
+    shutil.rmtree(tmp_path / "luggage/prepared")
     next((tmp_path / "luggage/2").glob("train-*")).unlink()
     with pytest.raises(UserError, match=r"of the 1200 train images\. Copy all of its folders"):
-        gpu_luggage.data(tmp_path)
+        gpu_luggage.prepared(tmp_path)
