@@ -131,6 +131,7 @@ def fit(
 
     def update(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Attack, loss, step; returns the loss's terms."""
+        distributed.share_buffers(objective)  # the state holds rank 0's alone, and the attack depends on them
         with runtime.autocast(device, precision):
             x_adv = objective.perturb(x, y, stream)
 
