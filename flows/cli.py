@@ -166,10 +166,12 @@ def _conclude(settings: "Settings", paths: "Paths", registered: "Standing") -> N
 
     from flows import summary
 
-    table = Table(*summary.HEADER, title="Accuracy under attack (Linf)")
-    for row in summary.rows(json.loads(paths.robustness.read_text(encoding="utf-8"))):
+    robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
+    table = Table(*summary.HEADER, title=f"Accuracy under attack ({robustness['norm']})")
+    for row in summary.rows(robustness):
         table.add_row(*row)
     rich.print(table)
+    typer.echo(f"self-checks {summary.self_checks(robustness)}")
     held = " ".join(f"@{alias}" for alias in registered.aliases)
     typer.echo(f"report      {paths.report}")
     typer.echo(f"model card  {paths.model_card}")

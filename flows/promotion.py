@@ -39,19 +39,19 @@ def promotion(settings: Settings, paths: Paths) -> Outcome:
     return Outcome(version, alias, verdict)
 
 
-def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+def may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Only a server that was away for a moment is worth another try."""
     return isinstance(state.result(raise_on_failure=False), UnavailableError)
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass, log_prints=True)
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
 def register(settings: Settings, paths: Paths) -> int:
     version = registry.register(settings, paths)
     print(f"{settings.promote.model_name} version {version} is @challenger")
     return version
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass, log_prints=True)
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
 def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
     verdict = registry.gate(settings, paths, version)
     print(
@@ -60,7 +60,7 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
     return verdict
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_pass, log_prints=True)
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
 def promote(settings: Settings, paths: Paths, version: int) -> None:
     registry.promote(settings, paths, version)
     print(f"{settings.promote.model_name} version {version} is @champion")

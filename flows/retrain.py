@@ -23,11 +23,12 @@ from prefect.states import Completed, Failed
 
 from d2r_core.errors import UserError
 from flows import standing, summary
-from flows.promotion import Outcome, promotion
-from tasks import repro
+from flows.promotion import Outcome, may_pass, promotion
+from tasks import comparison, repro
 from tasks import settings as settings_file
 from tasks.paths import Paths
 from tasks.settings import Settings
+from tasks.tracking import UnavailableError
 
 
 def _busy(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -42,6 +43,12 @@ def reproduce(stage: str) -> State[Any]:
     return Completed(message=repro.reproduce(stage, Paths(), get_run_logger().info))
 
 
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
+def compare(settings: Settings, paths: Paths) -> None:
+    """Put the evaluated model beside the champion, for the report."""
+    print(comparison.compare(settings, paths))
+
+
 @flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
 def retrain() -> Outcome | State[Any]:
     """Bring every stage up to date, and let the gate decide about the model.
@@ -54,6 +61,8 @@ def retrain() -> Outcome | State[Any]:
         settings = settings_file.load(paths.params)
         # Called, not submitted: in the main thread a cancellation or a timeout interrupts the wait for the stage.
         for stage in repro.order(paths):
+            if stage == "report":
+                _compare(settings, paths)
             reproduce.with_options(name=stage, task_run_name=stage)(stage)
         outcome = promotion(settings, paths)
         create_markdown_artifact(_markdown(settings, paths, outcome), key="robustness", description="Figures and gate")
@@ -61,6 +70,13 @@ def retrain() -> Outcome | State[Any]:
         # As a state, it is logged without a traceback; the caller of the flow gets the exception.
         return Failed(message=str(error), data=error)
     return outcome
+
+
+def _compare(settings: Settings, paths: Paths) -> None:
+    try:
+        compare(settings, paths)
+    except UnavailableError as error:
+        get_run_logger().warning("The report will hold no new comparison with the champion. %s", error)
 
 
 def _markdown(settings: Settings, paths: Paths, outcome: Outcome) -> str:
@@ -72,6 +88,8 @@ def _markdown(settings: Settings, paths: Paths, outcome: Outcome) -> str:
             f"# {settings.promote.model_name} version {outcome.version} is @{outcome.alias}",
             "",
             summary.markdown(robustness),
+            "",
+            f"Self-checks of the target: {summary.self_checks(robustness)}",
             "",
             f"**Gate {'passed' if outcome.verdict.passed else 'not passed'}**",
             "",

@@ -5,24 +5,32 @@ from typing import Any
 
 from tasks.settings import Settings
 
-HEADER = ["attack", "eps", "test images", "guidance, as pretrained", "target, D2R"]
+HEADER = ["attack", "eps", "test images", "guidance [95 %]", "target [95 %]"]
 _ATTACKS = ["clean", "fgsm", "pgd", "cw", "worst", "autoattack"]  # the worst is that of the four before it
 
 
 def rows(robustness: dict[str, Any]) -> list[list[str]]:
-    """The accuracy of both models under every attack of `reports/robustness.json`, one row for an attack."""
+    """Both models' accuracies under every attack of `reports/robustness.json`, with 95 % intervals; a row an attack."""
     guidance, target = (robustness["models"][model]["attacks"] for model in ("guidance", "target"))
     return [
         [
             target[attack]["name"],
             f"{target[attack]['eps']:.4g}",
             f"{target[attack]['images']} of {robustness['data']['test_images']}",
-            f"{guidance[attack]['accuracy']:.1%}",
-            f"{target[attack]['accuracy']:.1%}",
+            _accuracy(guidance[attack]),
+            _accuracy(target[attack]),
         ]
         for attack in _ATTACKS
         if attack in target
     ]
+
+
+def self_checks(robustness: dict[str, Any]) -> str:
+    """What the self-checks say of the target's figures: the names of those that did not pass, or that all did."""
+    checks = robustness["models"]["target"]["checks"]
+    failed, unasked = ([check["name"] for check in checks if check["passed"] is answer] for answer in (False, None))
+    said = [f"{word}: {', '.join(names)}" for word, names in (("failed", failed), ("not asked", unasked)) if names]
+    return "; ".join(said) or f"all {len(checks)} passed"
 
 
 def markdown(robustness: dict[str, Any]) -> str:
@@ -48,3 +56,8 @@ def run_link(settings: Settings, experiment_id: str, run_id: str) -> str:
     if uri.startswith("http"):
         return f"[run {run_id}]({uri.rstrip('/')}/{page})"
     return f"`{open_mlflow(settings)}`, then [run {run_id}](http://127.0.0.1:5000/{page})"
+
+
+def _accuracy(figure: dict[str, Any]) -> str:
+    low, high = figure["interval"]
+    return f"{figure['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -93,6 +93,11 @@ class Paths:
         return self.reports / "gallery.safetensors"
 
     @property
+    def comparison(self) -> Path:
+        """The target beside the champion, image by image; git keeps its folder, which the report depends on."""
+        return self.reports / "champion/comparison.json"
+
+    @property
     def report(self) -> Path:
         return self.reports / "report.html"
 

@@ -125,10 +125,10 @@ def _log_figures(client: "MlflowClient", run_id: str, robustness: dict[str, Any]
 
 def _log_files(client: "MlflowClient", run_id: str, paths: Paths) -> None:
     """What people look at, what the figures stand on, and the checkpoint."""
-    reports = (paths.report, paths.model_card, paths.robustness, paths.examples, paths.validation)
+    reports = (paths.report, paths.model_card, paths.data_page, paths.robustness, paths.examples, paths.validation)
     histories = (paths.pretrain_history, paths.train_history)
     points = (path.with_suffix(".jsonl") for path in histories)
-    present = (path for path in (*points, paths.params, paths.dvc_lock) if path.exists())
+    present = (path for path in (*points, paths.comparison, paths.params, paths.dvc_lock) if path.exists())
     for path in (*reports, *histories, *present):
         client.log_artifact(run_id, str(path))
     for path in (paths.target, checkpoint.metadata_path(paths.target)):

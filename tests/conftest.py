@@ -56,4 +56,6 @@ def copy_project(folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "reports/champion").mkdir(parents=True)
+    shutil.copy(ROOT / "reports/champion/.gitkeep", folder / "reports/champion")
     shutil.copytree(ROOT / "data/raw", folder / "data/raw", ignore=shutil.ignore_patterns("*.dvc"))

@@ -274,7 +274,11 @@ def test_a_second_run_starts_no_flow(
     assert said.exit_code == 0, said.output
     assert flows == ([] if up_to_date else [True])
     assert said.output.startswith("Everything is up to date.") is up_to_date
-    for expected in ("PGD-20", "10 of 40", "12.5%", "version 3 @challenger", "Too weak.", "mlflow ui --backend-store"):
+    for expected in (
+        *("Accuracy under attack (L2)", "PGD-20", "10 of 40", "12.5% [5.0, 25.0]", "version 3 @challenger"),
+        "self-checks failed: A large eps fools every image; not asked: Square",
+        *("Too weak.", "mlflow ui --backend-store"),
+    ):
         assert expected in said.output
 
 
@@ -285,11 +289,15 @@ def robustness() -> Callable[[Path], None]:
     def write(project: Path) -> None:
         attacks = {"clean": ("clean", 40), "pgd": ("PGD-20", 40), "autoattack": ("AutoAttack", 10)}
         figures = {
-            key: {"name": name, "accuracy": 0.125, "eps": 0.1, "images": images}
+            key: {"name": name, "accuracy": 0.125, "interval": [0.05, 0.25], "eps": 0.1, "images": images}
             for key, (name, images) in attacks.items()
         }
-        models = {model: {"weights_sha256": model, "attacks": figures} for model in ("guidance", "target")}
-        content = {"data": {"hash": "data", "test_images": 40}, "settings_hash": "evaluation", "models": models}
+        answers = {"More steps are never weaker": True, "A large eps fools every image": False, "Square": None}
+        checks = [{"name": name, "passed": passed} for name, passed in answers.items()]
+        found = {"attacks": figures, "checks": checks}
+        models = {model: {"weights_sha256": model, **found} for model in ("guidance", "target")}
+        about = {"data": {"hash": "data", "test_images": 40}, "settings_hash": "evaluation", "norm": "L2"}
+        content = {**about, "models": models}
         (project / "reports").mkdir()
         (project / "reports/robustness.json").write_text(json.dumps(content))
 

@@ -83,7 +83,8 @@ class Project:
     def __init__(self, settings: Settings, paths: Paths) -> None:
         self.settings, self.paths = settings, paths
         self.prepare()
-        for path in (paths.report, paths.model_card, paths.examples, paths.validation / "index.html", paths.params):
+        documents = (paths.report, paths.model_card, paths.data_page, paths.validation / "index.html", paths.params)
+        for path in (*documents, paths.examples, paths.comparison):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(path.name)
         paths.dvc_lock.write_text("schema: '2.0'")
@@ -223,7 +224,8 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
     assert run.data.metrics["test/target/worst"] == 0.6
     assert run.data.metrics["test/guidance/clean"] == 0.98
     assert files_of(run.info.run_id) == {
-        *("report.html", "model_card.md", "robustness.json", "examples.parquet", "validation"),
+        *("report.html", "model_card.md", "data.html", "robustness.json", "examples.parquet", "comparison.json"),
+        "validation",
         *("pretrain_history.csv", "train_history.csv", "params.yaml", "dvc.lock", "checkpoint"),
     }
     logged = mlflow.get_logged_model(str(found.source).removeprefix("models:/"))

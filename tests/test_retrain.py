@@ -26,8 +26,9 @@ from flows import retrain as module
 from flows import standing
 from flows.promotion import Outcome
 from flows.standing import Standing
-from tasks import repro
+from tasks import comparison, repro
 from tasks.registry import Verdict
+from tasks.tracking import UnavailableError
 
 
 @pytest.fixture(scope="session")
@@ -49,8 +50,8 @@ def project(prefect_server: None, template: Path, tmp_path: Path, monkeypatch: p
     registered = Standing(3, ("challenger",), "passed", (), False, "7", "abc")
     monkeypatch.setattr(standing, "of", lambda settings, paths: registered)
     judge(monkeypatch, passed=True)
-    figures = {"clean": {"name": "clean", "accuracy": 0.975, "eps": 0.0, "images": 40}}
-    models = {model: {"attacks": figures} for model in ("guidance", "target")}
+    figures = {"clean": {"name": "clean", "accuracy": 0.975, "interval": [0.871, 0.996], "eps": 0.0, "images": 40}}
+    models = {model: {"attacks": figures, "checks": [{"passed": True}]} for model in ("guidance", "target")}
     (folder / "reports").mkdir()
     (folder / "reports/robustness.json").write_text(json.dumps({"data": {"test_images": 40}, "models": models}))
     return folder
@@ -119,7 +120,8 @@ def test_every_stage_is_a_task_with_its_output_in_its_log(project: Path, logged:
     ]
     shown = artifact(run)
     assert "# d2r-digits version 3 is @champion" in shown
-    assert "| clean | 0 | 40 of 40 | 97.5% | 97.5% |" in shown
+    assert "| clean | 0 | 40 of 40 | 97.5% [87.1, 99.6] | 97.5% [87.1, 99.6] |" in shown
+    assert "Self-checks of the target: all 1 passed" in shown
     assert "**Gate passed**" in shown
     assert "/#/experiments/7/runs/abc" in shown
 
@@ -180,6 +182,42 @@ def test_a_stage_is_tried_again_only_while_another_process_is_in_the_way(
 
     _, tasks = last_run()
     assert [(task.name, task.run_count) for task in tasks] == [("first", 2), ("second", 1)]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_champion_is_met_before_the_report_if_mlflow_answers(
+    project: Path, monkeypatch: pytest.MonkeyPatch, logged: list[tuple[str, str]], answers: bool
+) -> None:
+    done: list[str] = []
+
+    def compare(*_: object) -> str:
+        done.append("compare")
+        if not answers:
+            raise UnavailableError("MLflow does not answer.")
+        return "Much the same."
+
+    def reproduce(stage: str, *_: object) -> str:
+        done.append(stage)
+        return "ran"
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    monkeypatch.setattr(repro, "reproduce", reproduce)
+    monkeypatch.setattr(repro, "order", lambda paths: ["evaluate", "report"])
+    monkeypatch.setattr(module, "compare", module.compare.with_options(retry_delay_seconds=0))
+
+    module.retrain()
+
+    run, _ = last_run()
+    assert run.state
+    assert run.state.is_completed()
+    assert done == ["evaluate", *["compare"] * (1 if answers else 3), "report"]
+    if answers:
+        assert "Much the same." in [message for _, message in logged]
+    else:
+        assert (
+            "flow",
+            "The report will hold no new comparison with the champion. MLflow does not answer.",
+        ) in logged
 
 
 def test_a_timeout_ends_the_stage_and_all_it_started(project: Path) -> None:
