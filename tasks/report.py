@@ -93,7 +93,6 @@ def _context(measured: Measured, settings: Settings, chain: Chain | None) -> dic
     clean = measured.examples.query("model == 'target' and attack == 'clean'")
     images = np.bincount(clean["label"], minlength=len(data["classes"])).tolist()
     return {
-        "title": settings.promote.model_name if chain else robustness["checkpoint"],
         "settings": settings,
         "robustness": robustness,
         "norm": robustness["norm"].replace("inf", "∞"),

@@ -26,7 +26,7 @@ CHECKS = {
     "large_eps": "Within a large enough distance lies an image of another class; what still stands was not searched.",
     "black_box": "Square asks for answers alone; if it beats PGD, the gradients that PGD follows are misleading.",
     "transfer": "Images made against another model must not fool this one better than its own gradients do.",
-    "losses": "If one of the two losses fools far more images, the other one's gradients have been bent or scaled away.",
+    "losses": "If one of the two losses fools far more images, the other one's gradients were bent or scaled away.",
     "gradients": "Where the loss is flat or not a number, every attack that follows gradients is blind.",
     "noise": "A random step of the same size is a feeble attack; if it beats a small PGD, then PGD is broken.",
     "logits": "Of probabilities or saturated scores the gradients vanish, and robustness is only apparent.",
