@@ -55,6 +55,9 @@ def register(settings: Settings, paths: Paths) -> int:
         "checks": ", ".join(check["key"] for check in checks if check["passed"] is False) or "passed",
         "checks_not_passed": json.dumps([check for check in checks if check["passed"] is not True]),
     }
+    if "autoattack" in attacks:
+        tags["autoattack"] = "{name} on {images} images".format(**attacks["autoattack"])
+        tags["autoattack_accuracy"] = str(attacks["autoattack"]["accuracy"])
     name = settings.promote.model_name
     with _client(settings, paths) as client:
         version = _registered(client, name, tags)
@@ -91,6 +94,11 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
             ),
             *_self_checks(challenger),
         ]
+        if "autoattack" in challenger.tags:
+            # PGD and CW alone are an upper bound, and how high it lies differs from model to model.
+            found = float(challenger.tags["autoattack_accuracy"])
+            what = f"Accuracy under {challenger.tags['autoattack']}"
+            judged.append(_floor(what, found, limits.min_robust_accuracy, "promote.min_robust_accuracy"))
         champion_version = _alias(client, limits.model_name, "champion")
         if champion_version == version:
             judged.append((True, "It is the champion itself."))

@@ -134,10 +134,16 @@ class Project:
         return model
 
     def evaluate(
-        self, clean: float = 0.95, worst: float = 0.6, checks: tuple[dict[str, object], ...] = (PASSED,)
+        self,
+        clean: float = 0.95,
+        worst: float = 0.6,
+        autoattack: float | None = None,
+        checks: tuple[dict[str, object], ...] = (PASSED,),
     ) -> None:
         """Figures and self-checks of the target model, with the present settings and data."""
-        figures = {"clean": {"accuracy": clean, "eps": 0.0}, "worst": {"accuracy": worst, "eps": 0.1}}
+        figures: dict[str, Any] = {"clean": {"accuracy": clean, "eps": 0.0}, "worst": {"accuracy": worst, "eps": 0.1}}
+        if autoattack is not None:
+            figures["autoattack"] = {"name": "AutoAttack standard", "images": 50, "accuracy": autoattack, "eps": 0.1}
         content = {
             "data": {"hash": lineage.manifest(self.paths)["hash"]},
             "settings_hash": self.settings.hash("seed", "evaluate"),
@@ -454,6 +460,16 @@ def test_floors_decide_about_the_first_version(project: Project, change: Change)
     )
     assert project.version(version).tags["gate"] == "failed"
     assert project.version(version).tags["gate_reasons"] == "\n".join(verdict.reasons)
+
+
+def test_autoattack_must_reach_the_floor_too(project: Project, change: Change) -> None:
+    project.settings = change(promote={"min_robust_accuracy": 0.5})
+    verdict = project.gate(project.register(worst=0.6, autoattack=0.48))
+    assert not verdict.passed
+    assert verdict.reasons == (
+        "Accuracy under AutoAttack standard on 50 images 48.00% is below the floor of 50.00% "
+        "(promote.min_robust_accuracy).",
+    )
 
 
 def test_failed_self_checks_refuse_a_version(project: Project) -> None:
