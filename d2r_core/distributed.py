@@ -6,6 +6,7 @@ Without `torchrun` everything here is the single process's own answer.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,14 +17,17 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the process group that torchrun's variables describe, for the block: NCCL on GPUs, gloo on CPUs."""
+def process_group(device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
+    """Join the process group that torchrun's variables describe, for the block: NCCL on GPUs, gloo on CPUs.
+
+    `timeout` is how long one process may wait for another: by default PyTorch's, 10 and 30 minutes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield
     finally:

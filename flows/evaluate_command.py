@@ -40,7 +40,9 @@ def evaluate(
     check_images: Annotated[int | None, typer.Option(help="instead of evaluate.check_images")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results")] = None,
 ) -> None:
-    """Attack any checkpoint as the chain attacks its own; writes its figures and a report.
+    """Attack any checkpoint as the chain attacks its own.
+
+    Writes its figures, what it said of each image, and a report.
 
     Takes published checkpoints (TRADES, LBGAT, D2R, RobustBench's of the same architectures), our own files and
     registered versions. Weights only: no code of a file is run.
@@ -166,25 +168,28 @@ def _complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     return architecture
 
 
+_MARKS = {True: "passed", False: "FAILED", None: "not asked"}
+
+
 def _show(found: "Findings", folder: Path) -> None:
-    """Print the figures with their intervals and conditions, what the self-checks found, and where the rest lies."""
+    """Print the figures, what the self-checks found, and where the rest lies."""
     import rich
     from rich.table import Table
 
-    measured = found.robustness["models"]["target"]
-    table = Table("attack", "eps", "images", "accuracy", "95 % interval", title=f"Norm {found.robustness['norm']}")
-    for figure in measured["attacks"].values():
+    columns = ["attack", "eps", "step size, steps, restarts", "stand", "accuracy", "95 % interval"]
+    table = Table(*columns, title=f"Accuracy under attack ({found.robustness['norm']})")
+    for figure in found.robustness["models"]["target"]["attacks"].values():
         low, high = figure["interval"]
+        conditions = [figure[key] for key in ("step_size", "steps", "restarts")]
         table.add_row(
             figure["name"],
-            f"{figure['eps']:.4g}",
+            f"{figure['eps']:.5g}",
+            "its own" if None in conditions else ", ".join(f"{value:.4g}" for value in conditions),
             f"{figure['correct']} of {figure['images']}",
             f"{figure['accuracy']:.2%}",
             f"{low:.2%} to {high:.2%}",
         )
     rich.print(table)
-    marks = {True: "passed", False: "FAILED", None: "not asked"}
-    for check in measured["checks"]:
-        typer.echo(f"{marks[check['passed']]:<10} {check['name']}. {check['found']}")
-    typer.echo(f"figures    {folder}")
+    for check in found.robustness["models"]["target"]["checks"]:
+        typer.echo(f"{_MARKS[check['passed']]:<10} {check['name']}. {check['found']}")
     typer.echo(f"report     {folder / 'report.html'}")

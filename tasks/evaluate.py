@@ -1,6 +1,7 @@
 """Stage `evaluate`: both models under attack on the test images; writes the figures that gate and report read."""
 
 import json
+from datetime import timedelta
 
 from d2r_core import checkpoint, distributed, files, runtime
 from d2r_core.data import load_split
@@ -8,6 +9,8 @@ from tasks import examine, lineage, stage
 from tasks.examine import Conditions, Subject
 from tasks.paths import Paths
 from tasks.settings import Settings
+
+_PATIENCE = timedelta(days=1)  # of a process whose own batches are done: one of AutoAttack takes hours on a CPU
 
 
 def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
@@ -26,7 +29,7 @@ def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
         seed=settings.seed,
         state=paths.state,
     )
-    with distributed.process_group(device):
+    with distributed.process_group(device, timeout=_PATIENCE):
         subjects = {
             name: Subject(*checkpoint.load(path, device))
             for name, path in (("guidance", paths.guidance), ("target", paths.target))

@@ -108,7 +108,7 @@ def examine(subjects: Mapping[str, Subject], conditions: Conditions) -> Findings
     try:
         return _examine(subjects, conditions)
     except KeyboardInterrupt:
-        raise Interrupted("finished batches are kept: run it again to continue.") from None
+        raise Interrupted(f"finished batches are kept in {conditions.state}: run it again to continue.") from None
 
 
 def forget(subjects: Mapping[str, Subject], conditions: Conditions) -> None:

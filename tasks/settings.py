@@ -21,6 +21,8 @@ from pydantic import (
     PlainSerializer,
     Strict,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -51,7 +53,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 # A distance between images in [0, 1]: a number, or a fraction such as "8/255".
 Distance = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_fraction)]
-Radius = Annotated[float, Field(gt=0.0, allow_inf_nan=False), BeforeValidator(_fraction)]  # L2 ones may exceed 1
+# The same of an evaluation, where L2 radii may exceed 1.
+Radius = Annotated[float, Field(gt=0.0, allow_inf_nan=False), BeforeValidator(_fraction)]
 Text = Annotated[str, Field(min_length=1)]
 # YAML has lists, a frozen setting needs a tuple.
 Strides = Annotated[tuple[Count, Count, Count, Count], Strict(False), PlainSerializer(list)]
@@ -212,6 +215,15 @@ class Evaluate(Section):
     autoattack_images: CountOrZero  # AutoAttack runs on so many test images, class-balanced; 0: not run
     check_images: Count  # curves and self-checks stand on so many test images, class-balanced
     precision: Literal["fp32", "tf32", "bf16"]  # of the networks' passes; fp32 is the reference
+
+    @field_validator("eps", "step_size")
+    @classmethod
+    def _in_the_images_range(cls, value: float, others: ValidationInfo) -> float:
+        if others.data.get("norm") == "Linf" and value > 1:  # 8 for 8/255
+            raise PydanticCustomError(
+                "linf", "at most 1 in Linf, since images are in [0, 1]; fractions such as 8/255 are read"
+            )
+        return value
 
 
 class Report(Section):

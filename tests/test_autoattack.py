@@ -140,11 +140,11 @@ def test_quick_is_the_first_half_of_standard() -> None:
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_image_depends_on_its_company(norm: Norm, name: str) -> None:
-    split, attack = digits.unseen(15), ours(norm)[name]
+    split, attack = digits.unseen(8), ours(norm)[name]
     whole = run(attack, split, norm)
-    for size in (1, 7):
+    for size in (1, 3):
         same(run(attack, split, norm, batch_size=size), whole)
-    few = torch.tensor([11, 2, 7, 14])
+    few = torch.tensor([5, 2, 7])
     same(run(attack, split.take(few), norm, numbers=few), Outcome(*(column[few] for column in whole)))
 
 

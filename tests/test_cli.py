@@ -19,7 +19,7 @@ from flows import cli, standing
 from flows.standing import Standing
 from tasks import repro
 
-COMMANDS = ("run", "stage", "use", "status")
+COMMANDS = ("run", "stage", "evaluate", "use", "status")
 
 
 @pytest.fixture(scope="module")

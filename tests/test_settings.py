@@ -49,6 +49,8 @@ def test_a_distance_may_be_a_fraction(tiny_values: dict[str, Any]) -> None:
     settings = settings_file.parse(changed(tiny_values, "evaluate.eps", "8/255"))
     assert settings.evaluate.eps == 8 / 255
     assert settings.flat()["evaluate.eps"] == 8 / 255
+    in_l2 = settings_file.parse(changed(changed(tiny_values, "evaluate.norm", "L2"), "evaluate.eps", "3/2"))
+    assert in_l2.evaluate.eps == 1.5
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,8 @@ def test_a_distance_may_be_a_fraction(tiny_values: dict[str, Any]) -> None:
         ("train.eps", 8, "train.eps is 8; input should be less than or equal to 1"),
         ("train.eps", "8/0", "train.eps is '8/0'; input should be a valid number"),
         ("train.eps", float("nan"), "train.eps is nan"),
+        ("evaluate.eps", 8, "evaluate.eps is 8; at most 1 in Linf, since images are in [0, 1]"),
+        ("evaluate.norm", "L1", "evaluate.norm is 'L1'; allowed: Linf, L2"),
         ("train.weight_decay", "2e-4", "YAML reads 2e-4 as text: write 0.0002 or 2.0e-4"),
         (
             "train.schedule",
