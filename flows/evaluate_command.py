@@ -168,27 +168,7 @@ def _complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     return architecture
 
 
-_HEADER = ["attack", "eps", "step size, steps, restarts", "stand", "accuracy", "95 % interval"]
 _MARKS = {True: "passed", False: "FAILED", None: "not asked"}
-
-
-def _rows(found: "Findings") -> list[list[str]]:
-    """One for each attack, with its conditions."""
-    rows = []
-    for figure in found.robustness["models"]["target"]["attacks"].values():
-        low, high = figure["interval"]
-        settings = [figure[key] for key in ("step_size", "steps", "restarts")]
-        rows.append(
-            [
-                figure["name"],
-                f"{figure['eps']:.5g}",
-                "its own" if None in settings else ", ".join(f"{value:.4g}" for value in settings),
-                f"{figure['correct']} of {figure['images']}",
-                f"{figure['accuracy']:.2%}",
-                f"{low:.2%} to {high:.2%}",
-            ]
-        )
-    return rows
 
 
 def _show(found: "Findings", folder: Path) -> None:
@@ -196,9 +176,19 @@ def _show(found: "Findings", folder: Path) -> None:
     import rich
     from rich.table import Table
 
-    table = Table(*_HEADER, title=f"Accuracy under attack ({found.robustness['norm']})")
-    for row in _rows(found):
-        table.add_row(*row)
+    columns = ["attack", "eps", "step size, steps, restarts", "stand", "accuracy", "95 % interval"]
+    table = Table(*columns, title=f"Accuracy under attack ({found.robustness['norm']})")
+    for figure in found.robustness["models"]["target"]["attacks"].values():
+        low, high = figure["interval"]
+        conditions = [figure[key] for key in ("step_size", "steps", "restarts")]
+        table.add_row(
+            figure["name"],
+            f"{figure['eps']:.5g}",
+            "its own" if None in conditions else ", ".join(f"{value:.4g}" for value in conditions),
+            f"{figure['correct']} of {figure['images']}",
+            f"{figure['accuracy']:.2%}",
+            f"{low:.2%} to {high:.2%}",
+        )
     rich.print(table)
     for check in found.robustness["models"]["target"]["checks"]:
         typer.echo(f"{_MARKS[check['passed']]:<10} {check['name']}. {check['found']}")

@@ -49,16 +49,15 @@ def run(settings: Settings, paths: Paths) -> None:
     """
     manifest = _read(paths.manifest, "prepare", _json)
     validation = _read(paths.validation / "validation.json", "validate", _json)
-    comparison = paths.reports / "champion/comparison.json"
+    measured = read(paths.reports)
     chain = Chain(
         manifest=manifest,
         expectations=validation["expectations"],
         pretrain_history=_read(paths.pretrain_history, "pretrain", pd.read_csv),
         train_history=_read(paths.train_history, "train", pd.read_csv),
         metadata={name: checkpoint.read_metadata(getattr(paths, name)) for name in ("guidance", "target")},
-        comparison=_read(comparison, "evaluate", _json) if comparison.exists() else None,
+        comparison=_comparison(paths, measured.robustness),
     )
-    measured = read(paths.reports)
     _check_belonging(paths, chain, measured.robustness)
     page, card = render(measured, settings, chain), _card(measured, settings, chain)
     write_text(paths.report, page)
@@ -146,12 +145,24 @@ def _check_belonging(paths: Paths, chain: Chain, robustness: Mapping[str, Any]) 
         raise UserError(
             f"{paths.robustness}: was measured on other data than {paths.prepared}. Run `dvc repro evaluate`."
         )
-    challenger = (chain.comparison or {}).get("challenger")
-    if challenger and challenger["weights_sha256"] != chain.metadata["target"]["weights_sha256"]:
-        raise UserError(
-            f"{paths.reports / 'champion/comparison.json'}: compares other weights than {paths.target}. "
-            "Run `d2r run`, which compares anew."
-        )
+
+
+def _comparison(paths: Paths, robustness: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `d2r run` has written beside the stages (tasks/comparison.py), if it is about these very figures."""
+    if not paths.comparison.exists():
+        return None
+    try:
+        found: dict[str, Any] = _json(paths.comparison)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{paths.comparison}: cannot be read ({error}). Remove it; `d2r run` writes it anew.") from None
+    measured = {
+        "challenger": {"weights_sha256": robustness["models"]["target"]["weights_sha256"]},
+        "data_hash": robustness["data"]["hash"],
+        "evaluation_hash": robustness["settings_hash"],
+    }
+    if any(found[key] != value for key, value in measured.items()):
+        return {"reason": "Not compared yet: the last comparison was of other figures. `d2r run` makes a new one."}
+    return found
 
 
 if __name__ == "__main__":

@@ -73,33 +73,52 @@ def test_every_self_check_is_explained() -> None:
     assert keys == set(robustness_figures.CHECKS)
 
 
-def comparison(paths: Paths) -> dict[str, Any]:
-    weights = json.loads(paths.target.with_suffix(".json").read_text())["weights_sha256"]
+def make_comparison(paths: Paths, **changes: Any) -> None:
+    robustness = json.loads(paths.robustness.read_text())
     row = {"name": "CW-20", "images": 120, "challenger": 0.7, "champion": 0.75, "difference": -0.05}
     row |= {"interval": [-0.083, -0.0125], "only_challenger": 3, "only_champion": 9}
-    return {
+    found = {
         "champion": {"version": 4, "weights_sha256": "cc" * 32},
-        "challenger": {"weights_sha256": weights},
+        "challenger": {"weights_sha256": robustness["models"]["target"]["weights_sha256"]},
+        "data_hash": robustness["data"]["hash"],
+        "evaluation_hash": robustness["settings_hash"],
         "attacks": {"cw": row},
     }
+    write(paths.comparison, found | changes)
 
 
 def test_champion_is_compared(tmp_path: Path) -> None:
     settings, paths = make_inputs(tmp_path)
-    write(paths.reports / "champion/comparison.json", comparison(paths))
+    make_comparison(paths)
     report.run(settings, paths)
     text = Page(paths.report).text
     assert "version 4" in text
     assert "-5.0-8.3 to -1.2" in text.replace("\N{MINUS SIGN}", "-")
-    write(paths.reports / "champion/comparison.json", {"reason": "There is no champion yet."})
-    report.run(settings, paths)
-    assert "There is no champion yet." in Page(paths.report).text
 
 
-def test_comparison_of_other_weights_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attacks": {}, "reason": "It was measured on other data."}, "It was measured on other data."),
+        ({"challenger": {"weights_sha256": "00" * 32}}, "the last comparison was of other figures"),
+        ({"data_hash": "00" * 32}, "the last comparison was of other figures"),
+        ({"evaluation_hash": "00" * 32}, "the last comparison was of other figures"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     settings, paths = make_inputs(tmp_path)
-    write(paths.reports / "champion/comparison.json", comparison(paths) | {"challenger": {"weights_sha256": "00" * 32}})
-    with pytest.raises(UserError, match="compares other weights"):
+    make_comparison(paths, **changes)
+    report.run(settings, paths)
+    text = Page(paths.report).text
+    assert said in text
+    assert "Only challenger" not in text
+
+
+def test_damaged_comparison_is_named(tmp_path: Path) -> None:
+    settings, paths = make_inputs(tmp_path)
+    make_comparison(paths)
+    paths.comparison.write_text("{")
+    with pytest.raises(UserError, match=re.escape(str(paths.comparison))):
         report.run(settings, paths)
 
 
