@@ -43,8 +43,12 @@ def compare(settings: Settings, paths: Paths) -> str:
     # The report depends on this folder; its owner may have removed everything in reports/.
     paths.comparison.parent.mkdir(parents=True, exist_ok=True)
     if paths.comparison.exists():
-        lies_here = _json(paths.comparison)
-        if any(lies_here[key] != value for key, value in about.items()):
+        try:
+            lies_here = _json(paths.comparison)
+            belongs = all(lies_here[key] == value for key, value in about.items())
+        except (ValueError, KeyError, TypeError):
+            belongs = False  # damaged
+        if not belongs:
             paths.comparison.unlink()
     version = registry.champion(settings, paths)
     if version is None:
