@@ -108,7 +108,12 @@ def _context(measured: Measured, settings: Settings, chain: Chain | None) -> dic
         "confusion": robustness_figures.confusion(robustness),
         "gallery": gallery.rows(measured.gallery, measured.examples, data["classes"], settings.report.gallery_images),
         "magnified": gallery.MAGNIFIED,
-        "published": published.of(data["source"], robustness["norm"]),
+        "published": published.of(
+            data["source"],
+            measured.gallery["clean"].shape[2],
+            robustness["norm"],
+            robustness["models"]["target"]["attacks"]["pgd"]["eps"],
+        ),
         "chain": chain and _of_chain(chain),
     }
 
