@@ -89,7 +89,9 @@ def _read(path: Path) -> object:
                 "from a file is never run. Where it comes from: torch.save(model.state_dict(), ...)."
             ) from None
         reason = "it is no checkpoint"
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
+    except (EOFError, LookupError):  # their messages tell of single bytes
+        reason = "it is no checkpoint"
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
     raise UserError(f"{path}: cannot be read as weights ({reason}).")
 
