@@ -78,7 +78,7 @@ def save_wrong_files() -> None:
     ("arguments", "message"),
     [
         (["absent.pt", *OPTIONS], r"absent\.pt: there is no such file"),
-        (["text.pt", *OPTIONS], r"text\.pt: cannot be read as weights"),
+        (["text.pt", *OPTIONS], r"text\.pt: cannot be read as weights \(it is no checkpoint\)"),
         (["empty.pt", *OPTIONS], r"empty\.pt: holds no weights"),
         (["pickle.pt", *OPTIONS], r"it is a pickle that asks for pathlib\.\w+, and code from a file is never run"),
         (["7.pt", *OPTIONS], r"7\.pt: tells 7 classes apart, not 10 as the data has"),
