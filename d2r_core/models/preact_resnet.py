@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2r_core.models.pooling import pool, pooled_positions
+from d2r_core.models.shortcut import Conv1x1
 from d2r_core.models.winograd import Conv3x3
 
 
@@ -17,7 +18,7 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = Conv3x3(planes, planes)
         changes = stride != 1 or in_planes != planes
-        self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False)) if changes else None
+        self.shortcut = nn.Sequential(Conv1x1(in_planes, planes, stride)) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x), inplace=True)

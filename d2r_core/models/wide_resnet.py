@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2r_core.models.pooling import pool, pooled_positions
+from d2r_core.models.shortcut import Conv1x1
 from d2r_core.models.winograd import Conv3x3
 
 
@@ -18,7 +19,7 @@ class _Block(nn.Module):
         self.conv1 = Conv3x3(in_planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = Conv3x3(planes, planes)
-        self.convShortcut = None if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+        self.convShortcut = None if in_planes == planes else Conv1x1(in_planes, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x), inplace=True)
