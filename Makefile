@@ -4,6 +4,9 @@ PYTHON ?= python3
 # For a machine without uv; the Dockerfile names the same one.
 UV_VERSION := 0.13.9
 
+# After a crash pytest-xdist may wait for ever for the workers that it started anew: the first one ends the run.
+WORKERS := --numprocesses 2 --dist loadfile --max-worker-restart 0
+
 export PATH := $(PATH):$(CURDIR)/.venv/bin
 
 .DEFAULT_GOAL := help
@@ -20,7 +23,7 @@ demo: setup  ## run the whole chain once: data, training, evaluation, report, re
 	@.venv/bin/d2r run
 
 test: setup  ## run the tests
-	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+	@.venv/bin/python -m pytest $(WORKERS)
 
 check: setup  ## check format, style and types; change nothing
 	@.venv/bin/ruff format --check .

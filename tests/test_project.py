@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -68,6 +69,23 @@ def test_make_lists_its_commands() -> None:
     assert re.findall(r"^make (\w+)  +\S", listed, flags=re.MULTILINE) == [
         *("help", "setup", "demo", "test", "check", "lock", "clean")
     ]
+
+
+def test_a_crashed_worker_fails_the_run(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / f"test_{name}.py").write_text("import os\ndef test_crash():\n    os.abort()\n")
+    listed = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (options,) = re.findall(r" -m pytest (.+)", listed)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options.split(), "-c", "/dev/null", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 1, run.stdout
+    assert "worker restarting disabled" in run.stdout
 
 
 def test_one_version_of_uv() -> None:
