@@ -24,7 +24,7 @@ from d2r_core import attacks, checkpoint, evaluation, models, runtime
 from d2r_core.data import Split, balanced_order, to_float
 from tasks import autoattack, heldout
 from tasks.autoattack import Level
-from tasks.settings import load as load_settings
+from tasks.config.settings import load as load_settings
 
 STEPS = 20
 CPU = torch.device("cpu")

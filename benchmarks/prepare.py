@@ -19,8 +19,9 @@ from zipfile import ZipFile
 import numpy as np
 from PIL import Image
 
-from tasks import decoding, prepare, settings
-from tasks.paths import Paths
+from tasks import decoding, prepare
+from tasks.config import settings
+from tasks.config.paths import Paths
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".webp", ".JPEG")

@@ -17,8 +17,8 @@ from flows import data_commands, evaluate_command
 
 if TYPE_CHECKING:
     from flows.standing import Standing
-    from tasks.paths import Paths
-    from tasks.settings import Settings
+    from tasks.config.paths import Paths
+    from tasks.config.settings import Settings
 
 app = typer.Typer(
     help="Trains image classifiers that stay right under adversarial attack, from data to champion.",
@@ -71,8 +71,8 @@ def use(
 ) -> None:
     """Put a preset in place as params.yaml."""
     from d2r_core import files
-    from tasks import settings as settings_file
-    from tasks.paths import Paths
+    from tasks.config import settings as settings_file
+    from tasks.config.paths import Paths
 
     paths = Paths()
     presets = {path.stem: path for path in sorted((paths.root / "presets").glob("*.yaml"))}
@@ -133,8 +133,8 @@ def main() -> None:
 def _project() -> tuple["Settings", "Paths"]:
     """The settings and the paths of the current folder. Raises UserError outside a project."""
     from tasks import repro
-    from tasks import settings as settings_file
-    from tasks.paths import Paths
+    from tasks.config import settings as settings_file
+    from tasks.config.paths import Paths
 
     paths = Paths()
     repro.order(paths)

@@ -23,7 +23,7 @@ def add(
 ) -> None:
     """Put a folder or an archive under DVC, as data/raw/NAME."""
     from tasks import datasets
-    from tasks.paths import Paths
+    from tasks.config.paths import Paths
 
     folder, new = datasets.add(path, name, Paths(), force=force)
     if not new:
@@ -37,7 +37,7 @@ def add(
 def listing() -> None:
     """List the data sets and say which one params.yaml names."""
     from tasks import datasets
-    from tasks.paths import Paths
+    from tasks.config.paths import Paths
 
     found = datasets.versions(Paths())
     if not found:
@@ -58,7 +58,7 @@ def diff(
 ) -> None:
     """Say what was added, removed and relabelled from A to B."""
     from tasks import datasets
-    from tasks.paths import Paths
+    from tasks.config.paths import Paths
 
     found = datasets.compare(before, after, Paths())
     for what, names in (("added", found.added), ("removed", found.removed), ("relabelled", found.relabelled)):

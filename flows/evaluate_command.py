@@ -11,10 +11,10 @@ from d2r_core.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from tasks.config.paths import Paths
+    from tasks.config.settings import Settings
     from tasks.examine import Findings, Subject
     from tasks.heldout import Heldout
-    from tasks.paths import Paths
-    from tasks.settings import Settings
 
 Source = Literal["image_folder", "cifar10", "cifar100", "tiny_imagenet", "digits"]
 Architecture = Literal["wide_resnet", "preact_resnet18", "resnet18"]
@@ -50,9 +50,9 @@ def evaluate(
     from d2r_core import files, runtime
     from d2r_core.interruption import Interrupted
     from tasks import examine, heldout, report
-    from tasks import settings as settings_file
+    from tasks.config import settings as settings_file
+    from tasks.config.paths import Paths
     from tasks.examine import Conditions
-    from tasks.paths import Paths
 
     paths = Paths()
     settings = _overridden(
@@ -95,7 +95,7 @@ def evaluate(
 
 def _overridden(settings: "Settings", **options: Any) -> "Settings":
     """The settings with the options that were given. Raises UserError as a wrong params.yaml does."""
-    from tasks import settings as settings_file
+    from tasks.config import settings as settings_file
 
     values = settings.model_dump(mode="json", by_alias=True)
     before = settings.evaluate

@@ -10,9 +10,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from tasks import registry
-from tasks.paths import Paths
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.registry import Verdict
-from tasks.settings import Settings
 from tasks.tracking import UnavailableError
 
 

@@ -25,9 +25,9 @@ from d2r_core.errors import UserError
 from flows import standing, summary
 from flows.promotion import Outcome, may_pass, promotion
 from tasks import comparison, repro
-from tasks import settings as settings_file
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.tracking import UnavailableError
 
 

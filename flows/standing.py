@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from flows import summary
 from tasks import tracking
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 
 class Standing(NamedTuple):

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from tasks.settings import Settings
+from tasks.config.settings import Settings
 
 HEADER = ["attack", "eps", "test images", "guidance [95 %]", "target [95 %]"]
 _ATTACKS = ["clean", "fgsm", "pgd", "cw", "worst", "autoattack"]  # the worst is that of the four before it

@@ -15,8 +15,8 @@ import torch
 from d2r_core import files
 from d2r_core.statistics import paired_bootstrap
 from tasks import registry, tracking
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -5,10 +5,11 @@ from datetime import timedelta
 
 from d2r_core import checkpoint, distributed, files, runtime
 from d2r_core.data import load_split
-from tasks import examine, lineage, stage
+from tasks import examine, lineage
+from tasks.config import entry_point
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.examine import Conditions, Subject
-from tasks.paths import Paths
-from tasks.settings import Settings
 
 _PATIENCE = timedelta(days=1)  # of a process whose own batches are done: one of AutoAttack takes hours on a CPU
 
@@ -47,4 +48,4 @@ def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    entry_point.main(run)

@@ -19,8 +19,8 @@ from d2r_core.attacks import under_attack
 from d2r_core.curves import EpsCurve, StepsCurve
 from d2r_core.data import Split, balanced_order, to_float
 from d2r_core.interruption import Interrupted
+from tasks.config.settings import Evaluate
 from tasks.measure import Measurement, measure
-from tasks.settings import Evaluate
 
 _GALLERY = 32  # images
 _CHECK_QUERIES = 1000  # of Square as the self-checks' black box

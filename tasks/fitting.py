@@ -17,9 +17,9 @@ from d2r_core.data import load_split
 from d2r_core.evaluation import Attack
 from d2r_core.objectives import Objective
 from tasks import lineage, tracking
-from tasks.paths import Paths
+from tasks.config.paths import Paths
+from tasks.config.settings import Optimisation, Settings, Train
 from tasks.progress import Progress
-from tasks.settings import Optimisation, Settings, Train
 
 
 def fit_and_save(

@@ -11,8 +11,8 @@ import torch
 from d2r_core.data import Split, content_hash, load_split
 from d2r_core.errors import UserError
 from tasks import decoding, image_folder, sources
+from tasks.config.settings import Prepare
 from tasks.samples import Source
-from tasks.settings import Prepare
 
 _SIZES = {"cifar10": 32, "cifar100": 32, "tiny_imagenet": 64}  # pixels
 

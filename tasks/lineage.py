@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2r_core.errors import UserError
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 
 @dataclass(frozen=True)

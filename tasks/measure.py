@@ -13,7 +13,7 @@ from d2r_core.curves import counts
 from d2r_core.data import Split, balanced_order
 from d2r_core.evaluation import Attack, Outcome
 from tasks.attack_progress import Progress, Step
-from tasks.settings import Evaluate
+from tasks.config.settings import Evaluate
 
 
 class Measurement(NamedTuple):

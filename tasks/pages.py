@@ -14,7 +14,7 @@ import numpy.typing as npt
 from markupsafe import Markup, escape
 from PIL import Image
 
-from tasks.settings import Method
+from tasks.config.settings import Method
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _NOTHING = "—"

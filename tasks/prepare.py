@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
-from tasks import decoding, images, sampling, sources, stage, tensor_file
+from tasks import decoding, images, sampling, sources, tensor_file
+from tasks.config import entry_point
+from tasks.config.paths import Paths
+from tasks.config.settings import Prepare, Settings
 from tasks.images import Decoded
-from tasks.paths import Paths
 from tasks.samples import Sample, Source, labels
-from tasks.settings import Prepare, Settings
 
 _SHOWN = 5  # files that a message names
 
@@ -188,4 +189,4 @@ def _manifest(
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    entry_point.main(run)

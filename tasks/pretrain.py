@@ -3,9 +3,10 @@
 from d2r_core import evaluation
 from d2r_core.objectives import Standard
 from d2r_core.training import Kept
-from tasks import fitting, stage
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks import fitting
+from tasks.config import entry_point
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 
 def run(settings: Settings, paths: Paths) -> Kept:
@@ -27,4 +28,4 @@ def run(settings: Settings, paths: Paths) -> Kept:
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    entry_point.main(run)

@@ -12,9 +12,9 @@ import torch
 
 from d2r_core import checkpoint, data
 from tasks import serving, shipping, tracking
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.lineage import Lineage
-from tasks.paths import Paths
-from tasks.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

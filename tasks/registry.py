@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from d2r_core import checkpoint, data, runtime
 from d2r_core.errors import UserError
 from tasks import lineage, recording, tracking
-from tasks.paths import Paths
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.recording import Recorded
-from tasks.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from d2r_core import checkpoint
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
-from tasks import gallery, pages, published, robustness_figures, stage, training_figures
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks import gallery, pages, published, robustness_figures, training_figures
+from tasks.config import entry_point
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 T = TypeVar("T")
 
@@ -171,4 +172,4 @@ def _comparison(paths: Paths, robustness: Mapping[str, Any]) -> dict[str, Any] |
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    entry_point.main(run)

@@ -17,9 +17,9 @@ import yaml
 
 from d2r_core.errors import UserError
 from tasks import child
-from tasks import settings as settings_file
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 Outcome = Literal["ran", "restored", "up to date"]  # restored: DVC remembered a run with the same inputs
 
@@ -196,7 +196,7 @@ def _error(said: list[str]) -> UserError:
     if any("is busy" in line or "Unable to acquire lock" in line for line in dvc):
         return BusyError("another DVC process is at work here; wait for it to end. DVC says:\n" + "\n".join(said))
     own = [line for line in said if not line.startswith(("ERROR: ", "Running stage ", "> "))]
-    # A stage says what a user can mend as "error: ..." (tasks/stage.py); all else is shown as it stands.
+    # A stage says what a user can mend as "error: ..." (tasks/config/entry_point.py); all else is shown as it stands.
     starts = [number for number, line in enumerate(own) if line.startswith("error: ")]
     if starts:
         return UserError("\n".join(own[starts[-1] :]).removeprefix("error: "))

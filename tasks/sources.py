@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from tasks import cifar, image_folder, samples, tiny_imagenet
+from tasks.config.settings import Prepare
 from tasks.samples import Sample, Source
-from tasks.settings import Prepare
 
 
 @contextmanager

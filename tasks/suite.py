@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
+from tasks.config.settings import Validate
 from tasks.expectations import Check
-from tasks.settings import Validate
 
 
 def checks(tables: Mapping[str, pd.DataFrame], manifest: Mapping[str, Any], limits: Validate) -> dict[str, list[Check]]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from d2r_core import runtime
 from d2r_core.errors import UserError
 from tasks import causes, lineage, shipping, system_metrics
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.lineage import Lineage
-from tasks.paths import Paths
-from tasks.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

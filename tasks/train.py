@@ -8,9 +8,10 @@ from torch import nn
 from d2r_core import checkpoint, evaluation, runtime
 from d2r_core.objectives import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
 from d2r_core.training import Kept
-from tasks import fitting, stage
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks import fitting
+from tasks.config import entry_point
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 _VALIDATION_STEPS = 10  # of the PGD attack that chooses the checkpoint
 
@@ -69,4 +70,4 @@ def _objective(settings: Settings, guidance: nn.Module) -> Callable[[nn.Module],
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    entry_point.main(run)

@@ -11,10 +11,11 @@ import pandas as pd
 from d2r_core.data import Split, load_split
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
-from tasks import data_page, drift, expectations, image_table, lineage, stage, suite
+from tasks import data_page, drift, expectations, image_table, lineage, suite
+from tasks.config import entry_point
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.expectations import Finding
-from tasks.paths import Paths
-from tasks.settings import Settings
 
 
 def run(settings: Settings, paths: Paths) -> list[Finding]:
@@ -162,4 +163,4 @@ def _message(failed: list[Finding], total: int, paths: Paths) -> str:
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    entry_point.main(run)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks import settings as settings_file
-from tasks.settings import Settings
+from tasks.config import settings as settings_file
+from tasks.config.settings import Settings
 
 # Threads that wait for one another on busy cores spin: one is faster there. Set before PyTorch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"

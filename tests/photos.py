@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 
 from d2r_core.data import Split, load_split
-from tasks import settings as settings_file
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared/data"

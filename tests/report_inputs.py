@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from d2r_core.statistics import wilson
 from tasks import report, robustness_figures
-from tasks import settings as settings_file
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 DIGITS = [str(digit) for digit in range(10)]

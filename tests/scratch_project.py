@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from tasks import repro
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 ROOT = Path(__file__).parents[1]
 

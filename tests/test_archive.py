@@ -12,7 +12,7 @@ from photos import make_folder, pack, settings, snapshot
 
 from d2r_core.errors import UserError
 from tasks import archive, prepare
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 
 def member(name: str, kind: int = 0) -> Callable[[Path], None]:

@@ -16,8 +16,8 @@ import yaml
 from conftest import SHARED, copy_project
 
 from tasks import prepare, pretrain, train
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 BIN = Path(sys.executable).parent
 

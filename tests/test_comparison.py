@@ -14,8 +14,8 @@ import torch
 
 from d2r_core.statistics import paired_bootstrap
 from tasks import comparison, registry, tracking
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 IMAGES = 40
 NAME = "digits"

@@ -18,10 +18,10 @@ from PIL import Image, ImageEnhance
 from d2r_core.data import Split, content_hash, save_split
 from d2r_core.errors import UserError
 from tasks import data_page, drift, duplicates, image_table, prepare, validate
-from tasks import settings as settings_file
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.expectations import Finding, Offender
-from tasks.paths import Paths
-from tasks.settings import Settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 

@@ -13,7 +13,7 @@ from photos import make_folder, photo
 
 from d2r_core.errors import UserError
 from tasks import datasets, repro
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import yaml
 
 from d2r_core import checkpoint, models
 from tasks import prepare
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 HERE = Path(__file__).parent
 

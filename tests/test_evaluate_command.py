@@ -19,7 +19,7 @@ from d2r_core.data import Split, save_split
 from d2r_core.errors import UserError
 from flows.cli import app
 from tasks import heldout
-from tasks.settings import Settings
+from tasks.config.settings import Settings
 
 ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
 OPTIONS = ["--architecture", "wide_resnet", "--depth", "10", "--widen-factor", "1"]

@@ -22,8 +22,8 @@ from d2r_core.evaluation import Attack, Noise, Outcome
 from d2r_core.interruption import Interrupted
 from d2r_core.norms import Norm
 from tasks import evaluate, prepare
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 BALLS: list[tuple[Norm, float]] = [("Linf", digits.EPS), ("L2", 0.9)]
 ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}

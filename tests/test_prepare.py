@@ -20,7 +20,7 @@ from PIL import Image
 from d2r_core.data import content_hash
 from d2r_core.errors import UserError
 from tasks import prepare
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 FILES = (
     "manifest.json",

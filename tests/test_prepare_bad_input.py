@@ -13,7 +13,7 @@ from PIL import Image
 
 from d2r_core.errors import UserError
 from tasks import prepare
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 
 def broken_text(folder: Path) -> None:

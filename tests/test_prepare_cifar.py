@@ -22,7 +22,7 @@ from photos import SHARED, load, settings, snapshot
 
 from d2r_core.errors import UserError
 from tasks import cifar, prepare
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 
 def published_archive(

@@ -13,8 +13,8 @@ from PIL import Image
 
 from d2r_core.errors import UserError
 from tasks import prepare
-from tasks import settings as settings_file
-from tasks.paths import Paths
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
 
 WNIDS = ("n02", "n01", "n03")  # as in the original, not in order
 REAL = SHARED / "tiny-imagenet-200-subset.zip"

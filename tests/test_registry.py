@@ -28,9 +28,9 @@ from d2r_core.data import Split
 from d2r_core.errors import UserError
 from flows import promotion
 from tasks import lineage, measure, registry, serving, tracking
-from tasks.paths import Paths
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.progress import Progress
-from tasks.settings import Settings
 
 NAME = "digits"
 CLASSES = [f"digit {label}" for label in range(10)]

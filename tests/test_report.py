@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from d2r_core.errors import UserError
 from tasks import charts, pages, published, report, robustness_figures
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 
 def test_every_figure_is_on_the_page_and_the_card(tmp_path: Path) -> None:

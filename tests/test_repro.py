@@ -14,7 +14,7 @@ import scratch_project as scratch
 
 from d2r_core.errors import UserError
 from tasks import child, repro
-from tasks.paths import Paths
+from tasks.config.paths import Paths
 
 
 @pytest.fixture

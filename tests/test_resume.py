@@ -21,8 +21,8 @@ from d2r_core import checkpoint, data, training
 from d2r_core.errors import UserError
 from d2r_core.interruption import Interrupted
 from tasks import pretrain, tracking
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 KILLS = 20
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from d2r_core.errors import UserError
-from tasks import settings as settings_file
-from tasks.settings import D2RMethod
+from tasks.config import settings as settings_file
+from tasks.config.settings import D2RMethod
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]

@@ -22,9 +22,9 @@ import torch
 
 from d2r_core import runtime
 from tasks import recording, shipping, tracking
-from tasks.paths import Paths
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.progress import Progress
-from tasks.settings import Settings
 
 STEPS = 4  # of an epoch in these tests
 

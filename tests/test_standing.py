@@ -9,8 +9,8 @@ import pytest
 
 from flows import standing
 from tasks import tracking
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash": "evaluation"}
 

@@ -22,10 +22,10 @@ from mlflow.entities import Run, ViewType
 from d2r_core import runtime
 from d2r_core.errors import UserError
 from tasks import lineage, tracking
-from tasks import settings as settings_file
-from tasks.paths import Paths
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 from tasks.progress import Progress
-from tasks.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 MANIFEST: dict[str, Any] = {

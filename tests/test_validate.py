@@ -14,9 +14,9 @@ from photos import PROJECT, load, settings, snapshot
 from d2r_core.data import Split, content_hash, save_split
 from d2r_core.errors import UserError
 from tasks import expectations, prepare, suite, validate
-from tasks import settings as settings_file
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 EXPECTATIONS = 17  # without drift
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from types import FrameType
 
 from d2r_core.errors import UserError
-from tasks import settings as settings_file
-from tasks.paths import Paths
-from tasks.settings import Settings
+from tasks.config import settings as settings_file
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
 
 
 def main(run: Callable[[Settings, Paths], object]) -> None:

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from d2r_core.errors import UserError
-from tasks import mistakes
+from tasks.config import validation_errors
 
 
 def _fraction(value: object) -> object:
@@ -302,7 +302,9 @@ def parse(values: object, name: str = "params.yaml") -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(mistakes.describe(name, Settings, detail) for detail in error.errors())) from None
+        raise UserError(
+            "\n".join(validation_errors.describe(name, Settings, detail) for detail in error.errors())
+        ) from None
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
