@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from d2r_core import attacks, checkpoint, evaluation, models, runtime
 from d2r_core.data import Split, balanced_order, to_float
-from tasks import autoattack, heldout
+from tasks import autoattack
 from tasks.autoattack import Level
 from tasks.config.settings import load as load_settings
+from tasks.data import evaluation_images
 
 STEPS = 20
 CPU = torch.device("cpu")
@@ -145,7 +146,7 @@ def main() -> None:
     eps, batch, device = float(Fraction(options.eps)), options.batch, runtime.device("auto")
     if options.checkpoint:
         model, _ = checkpoint.load(options.checkpoint, device)
-        whole = heldout.load(options.data, load_settings(Path("params.yaml")).prepare).split
+        whole = evaluation_images.load(options.data, load_settings(Path("params.yaml")).prepare).split
     else:
         model, whole = trained(device, options.train_seconds, eps)
     order = balanced_order(whole.labels, 0)

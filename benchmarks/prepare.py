@@ -19,9 +19,10 @@ from zipfile import ZipFile
 import numpy as np
 from PIL import Image
 
-from tasks import decoding, prepare
+from tasks import prepare
 from tasks.config import settings
 from tasks.config.paths import Paths
+from tasks.data import parallel_decoding
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".webp", ".JPEG")
@@ -68,7 +69,7 @@ def main() -> None:
             "CIFAR-10, 60000 WebP, 32 px": {"plain loop": lambda: plain(cifar)},
             "Tiny ImageNet, 10000 JPEG, 64 px": {"plain loop": lambda: plain([tiny])},
         }
-        for threads in sorted({1, 2, decoding.THREADS}):
+        for threads in sorted({1, 2, parallel_decoding.THREADS}):
             name = f"prepare, {threads} thread{'s' if threads > 1 else ''}"
             for way, source, path, size in zip(
                 ways.values(), ("image_folder", "tiny_imagenet"), (Path(scratch), tiny), (32, 64), strict=True

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
+    from tasks.data.evaluation_images import Heldout
     from tasks.examine import Findings, Subject
-    from tasks.heldout import Heldout
 
 Source = Literal["image_folder", "cifar10", "cifar100", "tiny_imagenet", "digits"]
 Architecture = Literal["wide_resnet", "preact_resnet18", "resnet18"]
@@ -49,9 +49,10 @@ def evaluate(
     """
     from d2r_core import files, runtime
     from d2r_core.interruption import Interrupted
-    from tasks import examine, heldout, report
+    from tasks import examine, report
     from tasks.config import settings as settings_file
     from tasks.config.paths import Paths
+    from tasks.data import evaluation_images
     from tasks.examine import Conditions
 
     paths = Paths()
@@ -66,7 +67,7 @@ def evaluate(
     )
     described: dict[str, Any] = {"name": architecture, "depth": depth, "widen_factor": widen_factor, "width": width}
     described["strides"] = _strides(strides)
-    images = heldout.load(data, settings.prepare, source, classes)
+    images = evaluation_images.load(data, settings.prepare, source, classes)
     device = runtime.device(settings.runtime.device)
     given = {key: value for key, value in described.items() if value is not None}
     subjects = {"target": _subject(checkpoint, given, images, settings, paths, device)}

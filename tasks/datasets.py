@@ -18,9 +18,10 @@ import yaml
 
 from d2r_core import files
 from d2r_core.errors import UserError
-from tasks import archive, repro
+from tasks import repro
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
+from tasks.data import archive
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip archive knows

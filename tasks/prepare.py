@@ -14,17 +14,17 @@ from tqdm import tqdm
 
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
-from tasks import decoding, images, sampling, sources, tensor_file
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Prepare, Settings
-from tasks.images import Decoded
-from tasks.samples import Sample, Source, labels
+from tasks.data import image_decoding, parallel_decoding, sources, split_writer, splitting
+from tasks.data.image_decoding import Decoded
+from tasks.data.samples import Sample, Source, labels
 
 _SHOWN = 5  # files that a message names
 
 
-def run(settings: Settings, paths: Paths, threads: int = decoding.THREADS) -> dict[str, Any]:
+def run(settings: Settings, paths: Paths, threads: int = parallel_decoding.THREADS) -> dict[str, Any]:
     """Prepare the source that the settings name and return the manifest.
 
     The files appear together at the end; an error or an interrupt before leaves the previous ones as they are. The
@@ -41,9 +41,9 @@ def run(settings: Settings, paths: Paths, threads: int = decoding.THREADS) -> di
         written = {}
         with tqdm(total=sum(map(len, chosen.values())), desc="decoding", unit=" images", disable=None) as progress:
             for name, samples in chosen.items():
-                with closing(decoding.in_order(samples, prepare.image_size, threads)) as outcomes:
+                with closing(parallel_decoding.in_order(samples, prepare.image_size, threads)) as outcomes:
                     rows = _usable(name, samples, outcomes, source, prepare, tally, progress)
-                    written[name] = tensor_file.write(files[name], rows, size=prepare.image_size, most=len(samples))
+                    written[name] = split_writer.write(files[name], rows, size=prepare.image_size, most=len(samples))
         _check(tally, written, prepare)
         manifest = _manifest(source, prepare, tally, written, files)
         write_text(scratch / paths.names.name, json.dumps(tally.names) + "\n")
@@ -83,7 +83,7 @@ def _scratch(paths: Paths) -> Iterator[Path]:
 def _choose(source: Source, settings: Settings) -> dict[str, list[Sample]]:
     """The samples of each split: the validation split is cut from the training images, then the limits apply."""
     prepare = settings.prepare
-    kept, held = sampling.hold_out(labels(source.train), prepare.validation_fraction, _rng(settings, 1))
+    kept, held = splitting.hold_out(labels(source.train), prepare.validation_fraction, _rng(settings, 1))
     splits = {
         "train": [source.train[i] for i in kept],
         "validation": [source.train[i] for i in held],
@@ -100,7 +100,7 @@ def _choose(source: Source, settings: Settings) -> dict[str, list[Sample]]:
     limits = {"train": (prepare.train_per_class, 2), "test": (prepare.test_per_class, 3)}
     for name, (limit, purpose) in limits.items():
         if limit is not None:
-            chosen = sampling.at_most(labels(splits[name]), limit, _rng(settings, purpose))
+            chosen = splitting.at_most(labels(splits[name]), limit, _rng(settings, purpose))
             splits[name] = [splits[name][i] for i in chosen]
     return splits
 
@@ -110,7 +110,7 @@ class _Tally:
     """What became of the samples."""
 
     names: dict[str, list[str]] = field(default_factory=dict)  # of the images that are written, by split
-    converted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(images.CHANGES, 0))
+    converted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(image_decoding.CHANGES, 0))
     quarantine: list[dict[str, str]] = field(default_factory=list)  # name, split, class and reason
     mismatched: int = 0  # in quarantine because of prepare.on_mismatch
 
@@ -145,7 +145,7 @@ def _usable(
         )
 
 
-def _check(tally: _Tally, written: Mapping[str, sampling.Index], prepare: Prepare) -> None:
+def _check(tally: _Tally, written: Mapping[str, splitting.Index], prepare: Prepare) -> None:
     """Refuse images that cannot be used, unless they may be set aside and some are left."""
     bad = [f"{entry['name']} ({entry['reason']})" for entry in tally.quarantine]
     if bad and prepare.on_bad_image == "refuse":
@@ -165,7 +165,7 @@ def _manifest(
     source: Source,
     prepare: Prepare,
     tally: _Tally,
-    written: Mapping[str, sampling.Index],
+    written: Mapping[str, splitting.Index],
     files: Mapping[str, Path],
 ) -> dict[str, Any]:
     set_aside = [entry["split"] for entry in tally.quarantine]
@@ -183,7 +183,7 @@ def _manifest(
             }
             for name, found in written.items()
         },
-        "hash": tensor_file.content_hash(files),
+        "hash": split_writer.content_hash(files),
         "converted": tally.converted,
     }
 

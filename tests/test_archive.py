@@ -11,8 +11,9 @@ import pytest
 from photos import make_folder, pack, settings, snapshot
 
 from d2r_core.errors import UserError
-from tasks import archive, prepare
+from tasks import prepare
 from tasks.config.paths import Paths
+from tasks.data import archive
 
 
 def member(name: str, kind: int = 0) -> Callable[[Path], None]:

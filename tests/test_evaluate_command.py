@@ -18,8 +18,8 @@ from d2r_core import checkpoint, evaluation, models
 from d2r_core.data import Split, save_split
 from d2r_core.errors import UserError
 from flows.cli import app
-from tasks import heldout
 from tasks.config.settings import Settings
+from tasks.data import evaluation_images
 
 ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
 OPTIONS = ["--architecture", "wide_resnet", "--depth", "10", "--widen-factor", "1"]
@@ -109,7 +109,7 @@ def test_data_may_be_raw_images_of_a_test_split_alone(folder: Path) -> None:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save("image.png")
             packed.write("image.png", f"test/{label}/{number:03}.png")
     settings: Any = None  # of no use to an image folder
-    found = heldout.load(folder / "raw.zip", settings, "image_folder")
+    found = evaluation_images.load(folder / "raw.zip", settings, "image_folder")
     assert found.classes == [str(label) for label in range(10)]
     order = digits.unseen(30).labels.argsort(stable=True)
     expected = digits.unseen(30).take(order)

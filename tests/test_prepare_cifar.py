@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from photos import SHARED, load, settings, snapshot
 
 from d2r_core.errors import UserError
-from tasks import cifar, prepare
+from tasks import prepare
 from tasks.config.paths import Paths
+from tasks.data import cifar
 
 
 def published_archive(

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from d2r_core.errors import UserError
-from tasks import archive, images
-from tasks.archive import Entry
-from tasks.samples import Sample, Source
+from tasks.data import archive, image_decoding
+from tasks.data.archive import Entry
+from tasks.data.samples import Sample, Source
 
 _NAME = "tiny-imagenet-200"
 _URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
@@ -109,7 +109,7 @@ def _val(place: Path, entries: Mapping[str, Entry], labels: Mapping[str, int]) -
 
 def _sample(entry: Entry, label: int) -> Sample:
     assert entry.read
-    return Sample(entry.shown, label, partial(images.from_file, entry.read))
+    return Sample(entry.shown, label, partial(image_decoding.from_file, entry.read))
 
 
 def _complete(place: Path, part: str, found: list[Sample], labels: Mapping[str, int]) -> None:

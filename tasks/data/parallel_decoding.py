@@ -9,9 +9,9 @@ from threading import Event
 
 from PIL import Image
 
-from tasks import images
-from tasks.images import Decoded
-from tasks.samples import Sample
+from tasks.data import image_decoding
+from tasks.data.image_decoding import Decoded
+from tasks.data.samples import Sample
 
 _PART = 64  # samples that a thread takes at once
 _PART_BYTES = 2**23  # of their pixels, at most
@@ -49,6 +49,6 @@ def in_order(samples: list[Sample], size: int, threads: int) -> Generator[Decode
 def _decode(sample: Sample, size: int) -> Decoded | str:
     try:
         with sample.open() as image:
-            return images.decode(image, size)
+            return image_decoding.decode(image, size)
     except Exception as error:  # decoders meet damaged files with errors of every kind
-        return images.reason(error)
+        return image_decoding.reason(error)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from d2r_core.errors import UserError
-from tasks.samples import Sample, Source
+from tasks.data.samples import Sample, Source
 
 _DOWNLOAD_TIMEOUT = 60.0  # seconds without an answer
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from d2r_core.errors import UserError
-from tasks import archive, images, samples
-from tasks.archive import Entry
-from tasks.samples import Sample, Source
+from tasks.data import archive, image_decoding, samples
+from tasks.data.archive import Entry
+from tasks.data.samples import Sample, Source
 
 SPLITS = ("train", "test")
 _LAYOUT = "train/<class>/<image> and test/<class>/<image>, or <class>/<image> without a test split"
@@ -121,7 +121,7 @@ def _source(path: Path, found: Found, test_fraction: float, rng: np.random.Gener
 
 def _samples(classes: dict[str, list[Entry]]) -> list[Sample]:
     return [
-        Sample(entry.shown, label, partial(images.from_file, entry.read))
+        Sample(entry.shown, label, partial(image_decoding.from_file, entry.read))
         for label, name in enumerate(classes)
         for entry in classes[name]
         if entry.read

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tasks import cifar, image_folder, samples, tiny_imagenet
 from tasks.config.settings import Prepare
-from tasks.samples import Sample, Source
+from tasks.data import cifar, image_folder, samples, tiny_imagenet
+from tasks.data.samples import Sample, Source
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import torch
 
 from d2r_core.data import Split, content_hash, load_split
 from d2r_core.errors import UserError
-from tasks import decoding, image_folder, sources
 from tasks.config.settings import Prepare
-from tasks.samples import Source
+from tasks.data import image_folder, parallel_decoding, sources
+from tasks.data.samples import Source
 
 _SIZES = {"cifar10": 32, "cifar100": 32, "tiny_imagenet": 64}  # pixels
 
@@ -57,7 +57,7 @@ def _decoded(path: Path, prepare: Prepare, source: str) -> tuple[Split, list[str
     with _opened(path, prepare, source) as found:
         with found.test[0].open() as image:
             size = _SIZES.get(source, image.height)
-        with closing(decoding.in_order(found.test, size, decoding.THREADS)) as outcomes:
+        with closing(parallel_decoding.in_order(found.test, size, parallel_decoding.THREADS)) as outcomes:
             pixels = []
             for sample, outcome in zip(found.test, outcomes, strict=True):
                 if isinstance(outcome, str):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from tasks import sampling
+from tasks.data import splitting
 
 
 class Sample(NamedTuple):
@@ -28,10 +28,10 @@ class Source:
 
 def cut(classes: list[str], samples: list[Sample], fraction: float, rng: np.random.Generator) -> Source:
     """A source without a test split of its own: `fraction` of each class becomes one."""
-    train, test = sampling.hold_out(labels(samples), fraction, rng)
+    train, test = splitting.hold_out(labels(samples), fraction, rng)
     return Source(classes, [samples[i] for i in train], [samples[i] for i in test])
 
 
-def labels(samples: list[Sample]) -> sampling.Index:
+def labels(samples: list[Sample]) -> splitting.Index:
     """The labels, int64 (N,)."""
     return np.array([sample.label for sample in samples], dtype=np.int64)
