@@ -11,11 +11,12 @@ import pandas as pd
 from d2r_core.data import Split, load_split
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
-from tasks import data_page, drift, expectations, image_table, lineage, suite
+from tasks import lineage
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.expectations import Finding
+from tasks.validation import data_report, drift, great_expectations_runner, suite, tables
+from tasks.validation.great_expectations_runner import Finding
 
 
 def run(settings: Settings, paths: Paths) -> list[Finding]:
@@ -30,23 +31,23 @@ def run(settings: Settings, paths: Paths) -> list[Finding]:
     manifest = lineage.manifest(paths)
     splits = {name: load_split(paths.prepared / f"{name}.safetensors") for name in manifest["splits"]}
     quarantine = _quarantine(paths)
-    images = image_table.images(splits, manifest["classes"], _names(splits, paths))
-    tables = {
+    images = tables.images(splits, manifest["classes"], _names(splits, paths))
+    frames = {
         "images": images,
-        "classes": image_table.classes(images, manifest),
-        "files": image_table.files(images, quarantine),
-        "dataset": image_table.dataset(splits, manifest),
+        "classes": tables.classes(images, manifest),
+        "files": tables.files(images, quarantine),
+        "dataset": tables.dataset(splits, manifest),
     }
     profile = drift.profile(splits, manifest)
     before = drift.predecessor(paths.baseline, manifest["source"], manifest["hash"])
     if before:
-        tables["drift"] = drift.table(profile, before)
-    checks = suite.checks(tables, manifest, settings.validate_)
+        frames["drift"] = drift.table(profile, before)
+    checks = suite.checks(frames, manifest, settings.validate_)
     paths.reports.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=paths.reports, prefix=".validation.") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()
-        findings = expectations.examine(tables, checks, new, run_name=f"data-{manifest['hash'][:12]}")
+        findings = great_expectations_runner.examine(frames, checks, new, run_name=f"data-{manifest['hash'][:12]}")
         failed = [finding for finding in findings if not finding.ok]
         stops = any(finding.severity in ("error", settings.validate_.stop_on) for finding in failed)
         summary = {
@@ -58,7 +59,7 @@ def run(settings: Settings, paths: Paths) -> list[Finding]:
         }
         write_text(new / "validation.json", json.dumps(summary, indent=2) + "\n")
         write_text(new / "validation.md", _markdown(findings, manifest, images))
-        page = data_page.render(splits, images, manifest, findings, tables.get("drift"), quarantine, stops=stops)
+        page = data_report.render(splits, images, manifest, findings, frames.get("drift"), quarantine, stops=stops)
         write_text(Path(scratch, paths.data_page.name), page)
         if not stops:
             write_text(new / paths.accepted.name, json.dumps({"data_hash": manifest["hash"]}) + "\n")

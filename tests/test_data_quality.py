@@ -17,11 +17,12 @@ from PIL import Image, ImageEnhance
 
 from d2r_core.data import Split, content_hash, save_split
 from d2r_core.errors import UserError
-from tasks import data_page, drift, duplicates, image_table, prepare, validate
+from tasks import prepare, validate
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.expectations import Finding, Offender
+from tasks.validation import data_report, drift, near_duplicates, tables
+from tasks.validation.great_expectations_runner import Finding, Offender
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -99,9 +100,9 @@ def test_a_changed_copy_in_another_split_is_a_warning_and_named(
 
 def test_unrelated_pictures_do_not_look_alike() -> None:
     parts = [torch.stack([tensor(blobs(seed)) for seed in range(start, start + 300)]) for start in (0, 300)]
-    assert (duplicates.near(parts) == -1).all()
+    assert (near_duplicates.near(parts) == -1).all()
     noise = [torch.stack([tensor(photo(seed)) for seed in range(start, start + 50)]) for start in (0, 50)]
-    assert (duplicates.near(noise) == -1).all()
+    assert (near_duplicates.near(noise) == -1).all()
 
 
 def tensor(image: Image.Image) -> torch.Tensor:
@@ -111,7 +112,7 @@ def tensor(image: Image.Image) -> torch.Tensor:
 def test_the_closest_hash_is_the_one_a_plain_loop_finds() -> None:
     rng = np.random.default_rng(0)
     queries, references = (rng.integers(0, 2**63, count, dtype=np.uint64) for count in (100, 37))
-    distances, positions = duplicates.closest(queries, references)
+    distances, positions = near_duplicates.closest(queries, references)
     for query, distance, position in zip(queries, distances, positions, strict=True):
         plain = [(int(query) ^ int(reference)).bit_count() for reference in references]
         assert (distance, position) == (min(plain), plain.index(min(plain)))
@@ -121,7 +122,7 @@ def test_splits_of_other_sizes_and_empty_ones_are_compared() -> None:
     picture = tensor(blobs(1))
     small = torch.nn.functional.adaptive_avg_pool2d(picture.float(), 16).byte()
     nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
-    assert duplicates.near([nothing, picture[None], small[None], nothing]).tolist() == [-1, 0]
+    assert near_duplicates.near([nothing, picture[None], small[None], nothing]).tolist() == [-1, 0]
 
 
 def test_repeats_and_label_conflicts_are_told_apart(folder: Path) -> None:
@@ -230,7 +231,7 @@ def test_names_of_another_preparation_are_refused(folder: Path) -> None:
 
 def test_every_expectation_is_documented() -> None:
     text = (PROJECT / "docs/data.md").read_text(encoding="utf-8")
-    source = (PROJECT / "tasks/suite.py").read_text(encoding="utf-8")
+    source = (PROJECT / "tasks/validation/suite.py").read_text(encoding="utf-8")
     named = re.findall(r'Check\(\s*(?:#.*\s*)?f?"([^"]+)"', source)
     assert len(named) >= 15
     assert [what for what in named if f"| {what.replace('{column}', 'height, width, channels')} |" not in text] == []
@@ -243,9 +244,9 @@ def page_of(splits: dict[str, Split], classes: list[str], **changes: Any) -> str
         for name, split in splits.items()
     }
     manifest = {"source": "x", "path": "y", "classes": classes, "image_size": 64, "hash": "0" * 64, "splits": counts}
-    images = image_table.images(splits, classes, names)
+    images = tables.images(splits, classes, names)
     arguments: dict[str, Any] = {"findings": [], "drift": None, "quarantine": [], "stops": False} | changes
-    return data_page.render(splits, images, manifest, **arguments)
+    return data_report.render(splits, images, manifest, **arguments)
 
 
 def random_splits(classes: int, per_class: int, side: int) -> dict[str, Split]:
@@ -325,5 +326,5 @@ def test_real_cifar10_has_look_alikes_across_its_splits() -> None:
             return torch.stack([tensor(Image.open(io.BytesIO(packed.read(name))).convert("RGB")) for name in names])
 
     train, test = birds("cifar10-train-0.zip", "train"), birds("cifar10-test.zip", "test")
-    found = duplicates.near([train, test])[len(train) :]
+    found = near_duplicates.near([train, test])[len(train) :]
     assert 10 < (found >= 0).sum() < 60

@@ -13,10 +13,11 @@ from photos import PROJECT, load, settings, snapshot
 
 from d2r_core.data import Split, content_hash, save_split
 from d2r_core.errors import UserError
-from tasks import expectations, prepare, suite, validate
+from tasks import prepare, validate
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.validation import great_expectations_runner, suite
 
 EXPECTATIONS = 17  # without drift
 
@@ -246,7 +247,7 @@ def test_tensors_of_another_run_than_the_manifest_are_found(
 def test_an_expectation_that_cannot_be_computed_is_a_failure(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     original = suite.checks
 
-    def with_an_unknown_column(*arguments: Any) -> dict[str, list[expectations.Check]]:
+    def with_an_unknown_column(*arguments: Any) -> dict[str, list[great_expectations_runner.Check]]:
         made = original(*arguments)
         expectation: Any = made["images"][1].expectation
         expectation.column = "lable"

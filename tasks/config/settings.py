@@ -81,7 +81,7 @@ class Prepare(Section):
 
 
 class Validate(Section):
-    """What the prepared data must satisfy. What exceeds a limit is an error or a warning (tasks/suite.py)."""
+    """What the prepared data must satisfy. What exceeds a limit is an error or a warning: validation/suite.py."""
 
     stop_on: Literal["error", "warning"]  # how severe a finding must be to stop the chain
     min_images_per_class: Count  # in every split

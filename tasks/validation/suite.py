@@ -6,11 +6,11 @@ from typing import Any
 import pandas as pd
 
 from tasks.config.settings import Validate
-from tasks.expectations import Check
+from tasks.validation.great_expectations_runner import Check
 
 
 def checks(tables: Mapping[str, pd.DataFrame], manifest: Mapping[str, Any], limits: Validate) -> dict[str, list[Check]]:
-    """The checks by the table they stand on (tasks/image_table.py, tasks/drift.py)."""
+    """The checks by the table they stand on (tasks/validation/tables.py, tasks/validation/drift.py)."""
     found = {
         "images": [*_shape(manifest), *_pixels(), *_duplicates(len(tables["images"]), limits)],
         "classes": _classes(limits),

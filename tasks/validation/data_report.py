@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2r_core.data import Split
 from tasks import pages
-from tasks.expectations import Finding
+from tasks.validation.great_expectations_runner import Finding
 
 _CLASSES = 500  # that are shown with their images; the table of counts has all
 _SAMPLES = 1000  # images shown of all classes together; at least one of each
@@ -43,8 +43,8 @@ def render(
     Its size does not grow with the number of images: about 1,000 thumbnails and the first offenders of each finding.
 
     Args:
-        images: one row for each image of the splits, in their order (tasks/image_table.py).
-        drift: against the data accepted before (tasks/drift.py); None if there were none.
+        images: one row for each image of the splits, in their order (tasks/validation/tables.py).
+        drift: against the data accepted before (tasks/validation/drift.py); None if there were none.
         stops: whether the findings stop the chain.
     """
     shown = sorted(

@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from d2r_core.data import Split, content_hash
-from tasks import duplicates
+from tasks.validation import near_duplicates
 
 _CHUNK = 256  # images whose squared pixels are in memory at once
 
@@ -29,7 +29,7 @@ def images(splits: Mapping[str, Split], classes: list[str], names: Mapping[str, 
     within = table.groupby(["split", "sha256"], sort=False)["image"].transform("first")
     table["repeats"] = within.where(table.duplicated(["split", "sha256"]))
     table["also_labelled"] = _also_labelled(table, first)
-    near = duplicates.near([split.images for split in splits.values()])
+    near = near_duplicates.near([split.images for split in splits.values()])
     table["looks_like"] = table["image"].reindex(near).to_numpy()  # row -1 is none
     table.loc[table["shared_with"].notna(), "looks_like"] = None
     return table
