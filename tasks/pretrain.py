@@ -3,16 +3,16 @@
 from d2r_core import evaluation
 from d2r_core.objectives import Standard
 from d2r_core.training import Kept
-from tasks import fitting
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.training import run_training
 
 
 def run(settings: Settings, paths: Paths) -> Kept:
     """Train the guidance model and write `models/guidance.safetensors` with its JSON and history."""
     section = settings.pretrain
-    return fitting.fit_and_save(
+    return run_training.fit_and_save(
         settings,
         paths,
         stage="pretrain",

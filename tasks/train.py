@@ -8,10 +8,10 @@ from torch import nn
 from d2r_core import checkpoint, evaluation, runtime
 from d2r_core.objectives import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
 from d2r_core.training import Kept
-from tasks import fitting
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.training import run_training
 
 _VALIDATION_STEPS = 10  # of the PGD attack that chooses the checkpoint
 
@@ -23,7 +23,7 @@ def run(settings: Settings, paths: Paths) -> Kept:
     """
     section = settings.train
     guidance, described = checkpoint.load(paths.guidance, runtime.device(settings.runtime.device))
-    return fitting.fit_and_save(
+    return run_training.fit_and_save(
         settings,
         paths,
         stage="train",

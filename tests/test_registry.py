@@ -30,7 +30,7 @@ from flows import promotion
 from tasks import lineage, measure, registry, serving, tracking
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.progress import Progress
+from tasks.training.metrics_log import Progress
 
 NAME = "digits"
 CLASSES = [f"digit {label}" for label in range(10)]

@@ -24,7 +24,7 @@ from d2r_core import runtime
 from tasks import recording, shipping, tracking
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.progress import Progress
+from tasks.training.metrics_log import Progress
 
 STEPS = 4  # of an epoch in these tests
 

@@ -25,7 +25,7 @@ from tasks import lineage, tracking
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.progress import Progress
+from tasks.training.metrics_log import Progress
 
 ROOT = Path(__file__).parents[1]
 MANIFEST: dict[str, Any] = {

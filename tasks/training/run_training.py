@@ -19,7 +19,7 @@ from d2r_core.objectives import Objective
 from tasks import lineage, tracking
 from tasks.config.paths import Paths
 from tasks.config.settings import Optimisation, Settings, Train
-from tasks.progress import Progress
+from tasks.training.metrics_log import Progress
 
 
 def fit_and_save(
