@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from d2r_core import attacks, checkpoint, evaluation, models, runtime
 from d2r_core.data import Split, balanced_order, to_float
-from tasks import autoattack
-from tasks.autoattack import Level
 from tasks.config.settings import load as load_settings
 from tasks.data import evaluation_images
+from tasks.evaluation import autoattack
+from tasks.evaluation.autoattack import Level
 
 STEPS = 20
 CPU = torch.device("cpu")

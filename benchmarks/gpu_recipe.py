@@ -58,7 +58,7 @@ def folder(state: Path, name: str, recipe: Recipe, data: Mapping[str, Split]) ->
     """Where the recipe's state lies, named after all that it depends on: another one is never continued."""
     code = hashlib.sha256()
     core = sorted(Path(training.__file__).parent.rglob("*.py"))
-    for path in (*core, Path(__file__), Path(__file__).parents[1] / "tasks/autoattack.py"):
+    for path in (*core, Path(__file__), Path(__file__).parents[1] / "tasks/evaluation/autoattack.py"):
         code.update(path.read_bytes())
     parts = [dataclasses.asdict(recipe), content_hash(data), code.hexdigest()]
     return state / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
@@ -133,7 +133,7 @@ def evaluate(recipe: Recipe, test: Split, where: Path, device: torch.device, sto
     Raises:
         Interrupted: between two batches; those that are done are kept in `where`.
     """
-    from tasks import autoattack
+    from tasks.evaluation import autoattack
 
     runtime.set_precision("fp32")
     model, described = checkpoint.load(weights(where), device)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
     from tasks.data.evaluation_images import Heldout
-    from tasks.examine import Findings, Subject
+    from tasks.evaluation.evaluate_models import Findings, Subject
 
 Source = Literal["image_folder", "cifar10", "cifar100", "tiny_imagenet", "digits"]
 Architecture = Literal["wide_resnet", "preact_resnet18", "resnet18"]
@@ -49,11 +49,12 @@ def evaluate(
     """
     from d2r_core import files, runtime
     from d2r_core.interruption import Interrupted
-    from tasks import examine, report
+    from tasks import report
     from tasks.config import settings as settings_file
     from tasks.config.paths import Paths
     from tasks.data import evaluation_images
-    from tasks.examine import Conditions
+    from tasks.evaluation import evaluate_models
+    from tasks.evaluation.evaluate_models import Conditions
 
     paths = Paths()
     settings = _overridden(
@@ -81,7 +82,7 @@ def evaluate(
         state=paths.state,
     )
     try:
-        found = examine.examine(subjects, conditions)
+        found = evaluate_models.examine(subjects, conditions)
     except Interrupted as interruption:
         typer.echo(str(interruption), err=True)
         raise typer.Exit(130) from None
@@ -90,7 +91,7 @@ def evaluate(
     found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
     found.write(folder)
     files.write_text(folder / "report.html", report.render(report.read(folder), settings))
-    examine.forget(subjects, conditions)
+    evaluate_models.forget(subjects, conditions)
     _show(found, folder)
 
 
@@ -131,7 +132,7 @@ def _subject(
     """The model that a checkpoint holds: of the architecture in the JSON beside it, or of the one that is given."""
     from d2r_core import checkpoint, files, models
     from tasks import registry
-    from tasks.examine import Subject
+    from tasks.evaluation.evaluate_models import Subject
 
     shape = {"num_classes": len(images.classes), "image_size": images.split.images.shape[2]}
     with tempfile.TemporaryDirectory() as folder:

@@ -5,11 +5,12 @@ from datetime import timedelta
 
 from d2r_core import checkpoint, distributed, files, runtime
 from d2r_core.data import load_split
-from tasks import examine, lineage
+from tasks import lineage
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.examine import Conditions, Subject
+from tasks.evaluation import evaluate_models
+from tasks.evaluation.evaluate_models import Conditions, Subject
 
 _PATIENCE = timedelta(days=1)  # of a process whose own batches are done: one of AutoAttack takes hours on a CPU
 
@@ -35,13 +36,13 @@ def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
             name: Subject(*checkpoint.load(path, device))
             for name, path in (("guidance", paths.guidance), ("target", paths.target))
         }
-        found = examine.examine(subjects, conditions)
+        found = evaluate_models.examine(subjects, conditions)
         metrics = found.accuracies()
         if distributed.rank() == 0:
             found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
             found.write(paths.reports)
             files.write_text(paths.metrics, json.dumps(metrics, indent=2) + "\n")
-            examine.forget(subjects, conditions)
+            evaluate_models.forget(subjects, conditions)
             for name, accuracies in metrics.items():
                 print(f"{name}: {', '.join(f'{key} {value:.2%}' for key, value in accuracies.items())}", flush=True)
     return metrics

@@ -302,7 +302,7 @@ def _fetch(client: "MlflowClient", version: "ModelVersion", file: str, folder: s
 
 def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVersion", weights: Path) -> float:
     """Attack the model at `weights` on the present test images, on which the challenger was measured."""
-    from tasks.measure import measure
+    from tasks.evaluation.evaluate_model import measure
 
     present = {"data_hash": lineage.manifest(paths)["hash"], "evaluation_hash": settings.hash("seed", "evaluate")}
     if any(challenger.tags[key] != value for key, value in present.items()):

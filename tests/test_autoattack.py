@@ -13,7 +13,7 @@ from d2r_core import evaluation, models, norms
 from d2r_core.data import Split, to_float
 from d2r_core.evaluation import Outcome
 from d2r_core.norms import Norm
-from tasks import autoattack
+from tasks.evaluation import autoattack
 
 BUDGET = {"_STEPS": 12, "_QUERIES": 60, "_TARGETS": 2}  # of the tests
 RADII: dict[Norm, float] = {"Linf": digits.EPS, "L2": 0.9}

@@ -27,9 +27,10 @@ from d2r_core import checkpoint, data, models
 from d2r_core.data import Split
 from d2r_core.errors import UserError
 from flows import promotion
-from tasks import lineage, measure, registry, serving, tracking
+from tasks import lineage, registry, serving, tracking
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.evaluation import evaluate_model
 from tasks.training.metrics_log import Progress
 
 NAME = "digits"
@@ -571,7 +572,7 @@ def test_champion_of_other_data_is_measured_anew(project: Project) -> None:
     seen = torch.from_numpy(logits(model, data.to_float(test.images).numpy()))
     project.prepare(seed=1, labels=seen.argmax(1))
     test = data.load_split(project.paths.prepared / "test.safetensors")
-    measured = measure.measure(model, test, project.settings.evaluate, classes=10, seed=project.settings.seed)
+    measured = evaluate_model.measure(model, test, project.settings.evaluate, classes=10, seed=project.settings.seed)
     champions = measured.figures["worst"]["accuracy"]
     assert 0.1 < champions < 0.99
 

@@ -20,7 +20,7 @@ from d2r_core.curves import EpsCurve, StepsCurve
 from d2r_core.data import Split, balanced_order, to_float
 from d2r_core.interruption import Interrupted
 from tasks.config.settings import Evaluate
-from tasks.measure import Measurement, measure
+from tasks.evaluation.evaluate_model import Measurement, measure
 
 _GALLERY = 32  # images
 _CHECK_QUERIES = 1000  # of Square as the self-checks' black box
@@ -57,7 +57,7 @@ class Conditions:
 
     def kept(self, subject: Subject) -> Path:
         """The folder of a model's finished batches, named after everything that they depend on."""
-        tasks = (Path(__file__).with_name(f"{name}.py") for name in ("autoattack", "examine", "measure"))
+        tasks = (Path(__file__).with_name(f"{name}.py") for name in ("autoattack", "evaluate_models", "evaluate_model"))
         modules = [*Path(evaluation.__file__).parent.rglob("*.py"), *tasks]
         code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(modules))).hexdigest()
         device = next(subject.model.parameters()).device.type
@@ -182,7 +182,7 @@ def _checks(
     gallery: Mapping[str, Tensor],
 ) -> list[dict[str, Any]]:
     """What the self-checks found, as robustness.json has it."""
-    from tasks import autoattack
+    from tasks.evaluation import autoattack
 
     settings = conditions.settings
     examples = examined.measured.examples

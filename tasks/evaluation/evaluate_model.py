@@ -12,8 +12,8 @@ from d2r_core import distributed, evaluation, runtime
 from d2r_core.curves import counts
 from d2r_core.data import Split, balanced_order
 from d2r_core.evaluation import Attack, Outcome
-from tasks.attack_progress import Progress, Step
 from tasks.config.settings import Evaluate
+from tasks.evaluation.progress import Progress, Step
 
 
 class Measurement(NamedTuple):
@@ -42,7 +42,7 @@ def measure(
         folder: where finished batches are kept, and found by a call that repeats an interrupted one; see
             evaluation.run.
     """
-    from tasks import autoattack
+    from tasks.evaluation import autoattack
 
     runtime.set_precision(settings.precision)
     options: dict[str, Any] = {
