@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from d2r_core import checkpoint
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
-from tasks import gallery, pages, published, robustness_figures, training_figures
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.reporting import gallery, literature, rendering, robustness_figures, training_figures
 
 T = TypeVar("T")
 
@@ -76,13 +76,13 @@ def read(folder: Path) -> Measured:
 
 def render(measured: Measured, settings: Settings, chain: Chain | None = None) -> str:
     """The report as HTML, which needs no other file; without a chain, of one checkpoint and its figures alone."""
-    script, policy = pages.script("sort.js.j2")
+    script, policy = rendering.script("sort.js.j2")
     context = _context(measured, settings, chain)
-    return pages.render("report.html.j2", context | {"script": script, "script_policy": policy})
+    return rendering.render("report.html.j2", context | {"script": script, "script_policy": policy})
 
 
 def _card(measured: Measured, settings: Settings, chain: Chain) -> str:
-    return pages.render("model_card.md.j2", _context(measured, settings, chain))
+    return rendering.render("model_card.md.j2", _context(measured, settings, chain))
 
 
 def _context(measured: Measured, settings: Settings, chain: Chain | None) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _context(measured: Measured, settings: Settings, chain: Chain | None) -> dic
         "confusion": robustness_figures.confusion(robustness),
         "gallery": gallery.rows(measured.gallery, measured.examples, data["classes"], settings.report.gallery_images),
         "magnified": gallery.MAGNIFIED,
-        "published": published.of(
+        "published": literature.of(
             data["source"],
             measured.gallery["clean"].shape[2],
             robustness["norm"],

@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from d2r_core.statistics import wilson
-from tasks import report, robustness_figures
+from tasks import report
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.reporting import robustness_figures
 
 ROOT = Path(__file__).parent.parent
 DIGITS = [str(digit) for digit in range(10)]

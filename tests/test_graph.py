@@ -77,7 +77,7 @@ def test_a_stage_depends_on_exactly_the_code_it_runs(stage: str) -> None:
 
 
 def test_the_report_depends_on_its_templates() -> None:
-    assert "tasks/templates" in STAGES["report"]["deps"]
+    assert "tasks/reporting/templates" in STAGES["report"]["deps"]
 
 
 @pytest.mark.parametrize("stage", CHAIN)
@@ -96,7 +96,7 @@ def test_a_stage_names_exactly_the_parameters_it_reads(stage: str) -> None:
 
 
 def test_the_report_names_the_single_parameters_that_its_templates_read() -> None:
-    templates = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tasks/templates").glob("*.j2"))
+    templates = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tasks/reporting/templates").glob("*.j2"))
     read = set(re.findall(r"settings\.(promote\.\w+)", templates))
 
     assert read == {name for name in STAGES["report"]["params"] if "." in name}

@@ -17,8 +17,9 @@ from report_inputs import Page, make_inputs, make_report, write
 from safetensors.numpy import load_file, save_file
 
 from d2r_core.errors import UserError
-from tasks import charts, pages, published, report, robustness_figures
+from tasks import report
 from tasks.config.paths import Paths
+from tasks.reporting import charts, literature, rendering, robustness_figures
 
 
 def test_every_figure_is_on_the_page_and_the_card(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_damaged_comparison_is_named(tmp_path: Path) -> None:
 def test_published_results_only_where_they_fit(
     source: str, image_size: int, norm: str, eps: float, shown: bool
 ) -> None:
-    results = published.of(source, image_size, norm, eps)
+    results = literature.of(source, image_size, norm, eps)
     assert bool(results) == shown
     assert results == sorted(results, key=lambda result: -result.autoattack)
     assert all(0.1 < result.autoattack < (result.clean or 1) <= 1 for result in results)
@@ -293,7 +294,7 @@ def test_class_without_test_images_has_no_figure(tmp_path: Path) -> None:
     [(8 / 255, "0.03137 (8/255)"), (0.031, "0.031"), (0.1, "0.1"), (1 / 255, "0.003922 (1/255)"), (0.001, "0.001")],
 )
 def test_eps_is_also_a_fraction_where_it_is_one(eps: float, printed: str) -> None:
-    assert pages.distance(eps) == printed
+    assert rendering.distance(eps) == printed
 
 
 @pytest.mark.parametrize("artifact", ["manifest", "train_history", "robustness", "examples", "gallery"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2r_core.data import Split
-from tasks import pages
+from tasks.reporting import rendering
 from tasks.validation.great_expectations_runner import Finding
 
 _CLASSES = 500  # that are shown with their images; the table of counts has all
@@ -69,7 +69,7 @@ def render(
         ],
         "classes": _classes(splits, images, manifest, means["train"], counts["train"]),
     }
-    return pages.render("data.html.j2", context)
+    return rendering.render("data.html.j2", context)
 
 
 def _classes(
@@ -150,4 +150,4 @@ def _picture(image: Tensor) -> str:
     if max(height, width) > _SIDE:
         image = F.adaptive_avg_pool2d(image.float(), _SIDE).round().byte()
     lossless = max(height, width) <= _LOSSLESS_SIDE
-    return pages.picture(image.numpy(), "WEBP", lossless=lossless, quality=80)
+    return rendering.picture(image.numpy(), "WEBP", lossless=lossless, quality=80)

@@ -6,9 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks import charts
-from tasks.charts import Mark, Series
-from tasks.pages import distance, interval, percent
+from tasks.reporting import charts
+from tasks.reporting.charts import Mark, Series
+from tasks.reporting.rendering import distance, interval, percent
 
 MODELS = ("target", "guidance")
 # The attacks in the order of the report's rows, each with what a reader must know about it.

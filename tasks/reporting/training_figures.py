@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from tasks import charts
-from tasks.charts import Series
-from tasks.pages import percent
+from tasks.reporting import charts
+from tasks.reporting.charts import Series
+from tasks.reporting.rendering import percent
 
 _TERMS = {
     "loss": "ink",

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from tasks.pages import Pixels, picture
+from tasks.reporting.rendering import Pixels, picture
 
 MAGNIFIED = 10  # times: how large a perturbation is shown
 
