@@ -13,7 +13,7 @@ from tasks import registry
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import Verdict
-from tasks.tracking import UnavailableError
+from tasks.tracking.runs import UnavailableError
 
 
 class Outcome(NamedTuple):

@@ -28,7 +28,7 @@ from tasks import comparison, repro
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.tracking import UnavailableError
+from tasks.tracking.runs import UnavailableError
 
 
 def _busy(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

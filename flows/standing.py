@@ -4,9 +4,9 @@ import json
 from typing import NamedTuple
 
 from flows import summary
-from tasks import tracking
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import runs
 
 
 class Standing(NamedTuple):
@@ -26,10 +26,10 @@ def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
     database = summary.tracking_uri(settings).removeprefix("sqlite:///")
     if database != summary.tracking_uri(settings) and not (paths.root / database).exists():
         return {}  # asking would make one
-    tracking.configure(settings, paths)
+    runs.configure(settings, paths)
     from mlflow import MlflowClient
 
-    with tracking.readable_errors():
+    with runs.readable_errors():
         models = MlflowClient().search_registered_models(f"name = '{settings.promote.model_name}'")
     return {alias: int(version) for model in models for alias, version in model.aliases.items()}
 
@@ -56,7 +56,7 @@ def of(settings: Settings, paths: Paths) -> Standing | None:
     from mlflow import MlflowClient
 
     wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in identity.items())
-    with tracking.readable_errors():
+    with runs.readable_errors():
         found = MlflowClient().search_model_versions(f"name = '{settings.promote.model_name}' and {wanted}")
         if not found:
             return None

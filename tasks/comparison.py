@@ -14,9 +14,10 @@ import torch
 
 from d2r_core import files
 from d2r_core.statistics import paired_bootstrap
-from tasks import registry, tracking
+from tasks import registry
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,7 +57,7 @@ def compare(settings: Settings, paths: Paths) -> str:
         return "There is no champion to compare with."
     from mlflow import MlflowClient
 
-    with tracking.readable_errors():
+    with runs.readable_errors():
         client = MlflowClient()
         holder = client.get_model_version(settings.promote.model_name, str(version))
         champion = {"version": version, "weights_sha256": holder.tags.get("weights_sha256")}
@@ -103,7 +104,7 @@ def _beside(
 
 def _fetch(client: "MlflowClient", version: "ModelVersion", file: str, folder: str) -> Path | None:
     """Download one file of the run that trained a version; None if it is not there."""
-    if not version.run_id or tracking.find(client, version.run_id) is None:
+    if not version.run_id or runs.find(client, version.run_id) is None:
         return None
     if file not in {found.path for found in client.list_artifacts(version.run_id)}:
         return None

@@ -5,12 +5,12 @@ from datetime import timedelta
 
 from d2r_core import checkpoint, distributed, files, runtime
 from d2r_core.data import load_split
-from tasks import lineage
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation import evaluate_models
 from tasks.evaluation.evaluate_models import Conditions, Subject
+from tasks.tracking import lineage
 
 _PATIENCE = timedelta(days=1)  # of a process whose own batches are done: one of AutoAttack takes hours on a CPU
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from d2r_core import checkpoint, data
-from tasks import serving, shipping, tracking
+from tasks import serving
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.lineage import Lineage
+from tasks.tracking import metric_uploader, runs
+from tasks.tracking.lineage import Lineage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,7 +62,7 @@ def complete(client: "MlflowClient", run_id: str, history: Path) -> None:
     Args:
         history: the CSV of epochs; beside it as .jsonl, where it was kept, the file of all points.
     """
-    run = tracking.find(client, run_id)
+    run = runs.find(client, run_id)
     if run is None:
         return
     logged = {name: {metric.step for metric in client.get_metric_history(run_id, name)} for name in run.data.metrics}
@@ -77,7 +78,7 @@ def _points(history: Path) -> Iterator["Metric"]:
 
     points = history.with_suffix(".jsonl")
     if points.exists():
-        yield from itertools.chain.from_iterable(shipping.Tail(points))
+        yield from itertools.chain.from_iterable(metric_uploader.Tail(points))
         return
     now = int(time.time() * 1000)
     with history.open(encoding="utf-8", newline="") as stream:
@@ -91,7 +92,7 @@ def _training_run(client: "MlflowClient", settings: Settings, paths: Paths, meta
     import mlflow
 
     trained_in = str(metadata["mlflow_run_id"])
-    if tracking.find(client, trained_in) is not None:
+    if runs.find(client, trained_in) is not None:
         return trained_in
     # The artifacts came out of a cache or from another machine, whose server holds the run.
     experiment = client.get_experiment_by_name(settings.tracking.experiment)
@@ -103,7 +104,7 @@ def _training_run(client: "MlflowClient", settings: Settings, paths: Paths, meta
         return str(made_before[0].info.run_id)
     made_from = Lineage(**{field.name: metadata[field.name] for field in dataclasses.fields(Lineage)})
     try:
-        run_id = tracking.begin(settings, paths, "train", made_from, restored_from=trained_in)
+        run_id = runs.begin(settings, paths, "train", made_from, restored_from=trained_in)
     except BaseException:
         mlflow.end_run("FAILED")
         raise

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2r_core import checkpoint, data, runtime
 from d2r_core.errors import UserError
-from tasks import lineage, recording, tracking
+from tasks import recording
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.recording import Recorded
+from tasks.tracking import lineage, runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -173,10 +174,10 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
 @contextmanager
 def _client(settings: Settings, paths: Paths) -> Iterator["MlflowClient"]:
     """MLflow's client; what the server refuses inside the block becomes one message."""
-    tracking.configure(settings, paths)
+    runs.configure(settings, paths)
     import mlflow
 
-    with tracking.readable_errors():
+    with runs.readable_errors():
         yield mlflow.MlflowClient()
 
 

@@ -11,10 +11,10 @@ import pandas as pd
 from d2r_core.data import Split, load_split
 from d2r_core.errors import UserError
 from d2r_core.files import write_text
-from tasks import lineage
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import lineage
 from tasks.validation import data_report, drift, great_expectations_runner, suite, tables
 from tasks.validation.great_expectations_runner import Finding
 

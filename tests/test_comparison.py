@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from d2r_core.statistics import paired_bootstrap
-from tasks import comparison, registry, tracking
+from tasks import comparison, registry
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import runs
 
 IMAGES = 40
 NAME = "digits"
@@ -65,7 +66,7 @@ class Project:
 
     def crown(self, weights: str, *, files: bool = True) -> int:
         """Make the evaluated target champion."""
-        tracking.configure(self.settings, self.paths)
+        runs.configure(self.settings, self.paths)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name("tests")
         assert experiment is not None
@@ -228,11 +229,11 @@ def test_a_server_that_is_away_leaves_no_file_about_another_target(project: Proj
         away = project.settings.tracking.model_copy(update={"uri": uri})
         project.settings = project.settings.model_copy(update={"tracking": away})
 
-        with pytest.raises(tracking.UnavailableError):
+        with pytest.raises(runs.UnavailableError):
             project.compare()
         assert project.paths.comparison.read_bytes() == before
 
         project.evaluate("another", seed=3)
-        with pytest.raises(tracking.UnavailableError):
+        with pytest.raises(runs.UnavailableError):
             project.compare()
         assert not project.paths.comparison.exists()

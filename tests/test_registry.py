@@ -27,10 +27,11 @@ from d2r_core import checkpoint, data, models
 from d2r_core.data import Split
 from d2r_core.errors import UserError
 from flows import promotion
-from tasks import lineage, registry, serving, tracking
+from tasks import registry, serving
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation import evaluate_model
+from tasks.tracking import lineage, runs
 from tasks.training.metrics_log import Progress
 
 NAME = "digits"
@@ -73,7 +74,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(tmp_path: Path, store: Path, settings: Settings) -> "Project":
     if not store.exists():
-        tracking.configure(settings, Paths(store.parent))
+        runs.configure(settings, Paths(store.parent))
     shutil.copy(store, tmp_path / "mlflow.db")
     return Project(settings, Paths(tmp_path))
 
@@ -121,7 +122,7 @@ class Project:
         }
         model = models.build(**architecture).eval()
         progress = Progress("train", 2, self.paths.state / str(time.time()) / "metrics.jsonl", show=False)
-        with tracking.training_run(self.settings, self.paths, "train", progress.path) as run:
+        with runs.training_run(self.settings, self.paths, "train", progress.path) as run:
             progress.log({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
         made_from = lineage.of(self.settings, self.paths)
         metadata = {
@@ -646,7 +647,7 @@ def test_promotion_lets_better_models_through(project: Project, monkeypatch: pyt
 def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> None:
     assert task.retries
     condition = cast(Callable[..., bool], task.retry_condition_fn)
-    assert condition(task, None, Failed(data=tracking.UnavailableError("away")))
+    assert condition(task, None, Failed(data=runs.UnavailableError("away")))
     assert not condition(task, None, Failed(data=UserError("refused")))
 
 

@@ -20,9 +20,10 @@ import toy
 from d2r_core import checkpoint, data, training
 from d2r_core.errors import UserError
 from d2r_core.interruption import Interrupted
-from tasks import pretrain, tracking
+from tasks import pretrain
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import runs
 
 KILLS = 20
 
@@ -154,7 +155,7 @@ def test_a_state_of_other_settings_data_or_code_is_never_continued(
     paths.prepared.mkdir(parents=True)
     for name in ("train", "validation"):
         data.save_split(paths.prepared / f"{name}.safetensors", toy.split(0))
-    monkeypatch.setattr(tracking, "training_run", lambda *_: tracking.silent())
+    monkeypatch.setattr(runs, "training_run", lambda *_: runs.silent())
 
     def describe(content: str) -> None:
         paths.manifest.write_text(json.dumps({"hash": content, "classes": ["dark", "bright"], "image_size": 8}))

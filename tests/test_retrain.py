@@ -28,7 +28,7 @@ from flows.promotion import Outcome
 from flows.standing import Standing
 from tasks import comparison, repro
 from tasks.registry import Verdict
-from tasks.tracking import UnavailableError
+from tasks.tracking.runs import UnavailableError
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,10 @@ import pytest
 import torch
 
 from d2r_core import runtime
-from tasks import recording, shipping, tracking
+from tasks import recording
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import metric_uploader, runs
 from tasks.training.metrics_log import Progress
 
 STEPS = 4  # of an epoch in these tests
@@ -128,7 +129,7 @@ class Training:
         return Counter(ends | terms | {("step/ce", number, float(step)) for number, step in within})
 
     def sent(self) -> bool:
-        note = shipping.read_note(self.path)
+        note = metric_uploader.read_note(self.path)
         return note is not None and note.offset == self.path.stat().st_size
 
 
@@ -203,7 +204,7 @@ def test_server_killed_in_mid_run_has_every_point_once_it_is_back(
         return len(mlflow.MlflowClient().get_metric_history(run.id, "system/system_memory_usage_percentage"))
 
     training = Training(paths)
-    with tracking.training_run(at(server.port), paths, "train", training.path) as run:
+    with runs.training_run(at(server.port), paths, "train", training.path) as run:
         training.epochs(3)
         wait_for(training.sent)
         wait_for(lambda: of_the_machine() > 0)
@@ -228,9 +229,9 @@ def test_training_that_ends_while_the_server_is_away_is_completed_later(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 3.0)
+    monkeypatch.setattr(runs, "FINISH_SECONDS", 3.0)
     training = Training(paths)
-    with tracking.training_run(at(line.port), paths, "train", training.path) as run:
+    with runs.training_run(at(line.port), paths, "train", training.path) as run:
         training.epochs(2)
         wait_for(training.sent)
         line.cut()
@@ -258,11 +259,11 @@ def test_stopped_training_sends_the_rest_when_it_continues(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(tracking, "STOP_SECONDS", 1.0)
+    monkeypatch.setattr(runs, "STOP_SECONDS", 1.0)
     training, stopped = Training(paths), KeyboardInterrupt()
 
     def interrupted() -> None:
-        with tracking.training_run(at(line.port), paths, "train", training.path):
+        with runs.training_run(at(line.port), paths, "train", training.path):
             training.epochs(2)
             wait_for(training.sent)
             line.cut()
@@ -272,9 +273,9 @@ def test_stopped_training_sends_the_rest_when_it_continues(
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert f"{3 * STEPS + 3} points of this training yet; they are sent when the training continues" in caplog.text
-    noted = shipping.read_note(training.path)
+    noted = metric_uploader.read_note(training.path)
     line.mend()
-    with tracking.training_run(at(line.port), paths, "train", training.path) as run:
+    with runs.training_run(at(line.port), paths, "train", training.path) as run:
         training.epochs(1)
     assert noted is not None
     assert run.id == noted.run_id
@@ -286,7 +287,7 @@ def test_stalled_server_does_not_slow_the_training(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     training = Training(paths)
-    with tracking.training_run(at(line.port), paths, "train", training.path) as run:
+    with runs.training_run(at(line.port), paths, "train", training.path) as run:
         line.stall()
         started = time.monotonic()
         while time.monotonic() - started < 5:  # longer than the request that hangs
@@ -302,14 +303,14 @@ def test_points_are_sent_in_as_many_batches_as_they_need(
     server: Server, paths: Paths, at: Callable[[int], Settings]
 ) -> None:
     training = Training(paths)
-    with tracking.training_run(at(server.port), paths, "train", training.path) as run:
+    with runs.training_run(at(server.port), paths, "train", training.path) as run:
         training.epochs(120)  # 1200 metrics
     assert points_of(run.id) == training.points()
 
 
 def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
     points = tmp_path / "points.jsonl"
-    tail = shipping.Tail(points)
+    tail = metric_uploader.Tail(points)
     assert list(tail) == []
     points.write_text('{"time": 1.5, "epoch": 1, "loss": 3.0}\n{"time": 2.5, "ep')
     assert [[(found.step, found.timestamp) for found in metrics] for metrics in tail] == [[(1, 1500)]]

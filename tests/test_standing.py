@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from flows import standing
-from tasks import tracking
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import runs
 
 IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash": "evaluation"}
 
@@ -44,7 +44,7 @@ def test_asking_makes_no_database(paths: Paths, tiny_settings: Callable[..., Set
 def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
     settings = tiny_settings()
     name = settings.promote.model_name
-    tracking.configure(settings, paths)
+    runs.configure(settings, paths)
     from mlflow import MlflowClient
 
     client = MlflowClient()

@@ -21,10 +21,10 @@ from mlflow.entities import Run, ViewType
 
 from d2r_core import runtime
 from d2r_core.errors import UserError
-from tasks import lineage, tracking
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.tracking import lineage, runs
 from tasks.training.metrics_log import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.chdir(root)
-        tracking.configure(with_tracking("sqlite:///mlflow.db"), Paths(root))
+        runs.configure(with_tracking("sqlite:///mlflow.db"), Paths(root))
     return root / "mlflow.db"
 
 
@@ -82,7 +82,7 @@ def history(run_id: str, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in logged]
 
 
-def runs(experiment: str = "tests") -> list[Run]:
+def logged_runs(experiment: str = "tests") -> list[Run]:
     found = mlflow.MlflowClient().get_experiment_by_name(experiment)
     assert found is not None
     return mlflow.MlflowClient().search_runs([found.experiment_id], run_view_type=ViewType.ALL)
@@ -97,7 +97,7 @@ def free_port() -> int:
 def test_relative_database_lies_in_the_project(paths: Paths, database: Path) -> None:
     assert database.stat().st_size > 0
     assert "MLFLOW_TRACKING_URI" not in os.environ
-    tracking.configure(with_tracking(f"sqlite:///{database}"), paths)
+    runs.configure(with_tracking(f"sqlite:///{database}"), paths)
     experiment = mlflow.MlflowClient().get_experiment_by_name("tests")
     assert experiment is not None
     assert experiment.artifact_location == (database.parent / "mlruns").as_uri()
@@ -121,13 +121,13 @@ def test_several_processes_initialise_one_database(paths: Paths) -> None:
     ]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 3, errors
-    tracking.configure(with_tracking("sqlite:///store/mlflow.db"), paths)
+    runs.configure(with_tracking("sqlite:///store/mlflow.db"), paths)
     assert len(mlflow.MlflowClient().search_experiments()) == 3  # MLflow's default, params.yaml's and this test's
 
 
 def test_variable_wins_over_settings(paths: Paths, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-    tracking.configure(with_tracking("sqlite:///never.db"), paths)
+    runs.configure(with_tracking("sqlite:///never.db"), paths)
     assert mlflow.get_tracking_uri() == f"sqlite:///{database}"
     assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{database}"
     assert not (paths.root / "never.db").exists()
@@ -135,21 +135,21 @@ def test_variable_wins_over_settings(paths: Paths, database: Path, monkeypatch: 
 
 def test_second_project_does_not_inherit_the_first_ones_database(paths: Paths, database: Path) -> None:
     shutil.copy(database, paths.root / "other.db")
-    tracking.configure(with_tracking(f"sqlite:///{database}"), paths)
-    tracking.configure(with_tracking("sqlite:///other.db"), paths)
+    runs.configure(with_tracking(f"sqlite:///{database}"), paths)
+    runs.configure(with_tracking("sqlite:///other.db"), paths)
     assert mlflow.get_tracking_uri() == f"sqlite:///{paths.root / 'other.db'}"
 
 
 def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> None:
     settings = with_tracking(f"sqlite:///{database}", "holds")
     progress = Progress("train", 2, points(paths), show=False)
-    with tracking.training_run(settings, paths, "train", progress.path) as training:
+    with runs.training_run(settings, paths, "train", progress.path) as training:
         progress.log_step({"loss": 3.0}, 1, 2, 5)
         progress.log({"loss": 2.5, "clean_accuracy": 0.25}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 5)
         progress.log({"loss": 1.5, "clean_accuracy": 0.5}, 2)
 
-    (run,) = runs("holds")
+    (run,) = logged_runs("holds")
     assert run.info.run_id == training.id
     assert run.info.run_name == "train digits"
     assert run.info.status == "FINISHED"
@@ -187,10 +187,10 @@ def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> No
 )
 def test_run_ends_as_the_training_did(paths: Paths, database: Path, error: BaseException, status: str) -> None:
     settings = with_tracking(f"sqlite:///{database}", status + type(error).__name__)
-    with pytest.raises(type(error)) as caught, tracking.training_run(settings, paths, "pretrain", points(paths)):
+    with pytest.raises(type(error)) as caught, runs.training_run(settings, paths, "pretrain", points(paths)):
         raise error
     assert caught.value is error
-    (run,) = runs(settings.tracking.experiment)
+    (run,) = logged_runs(settings.tracking.experiment)
     assert run.info.status == status
     assert mlflow.active_run() is None
 
@@ -198,12 +198,12 @@ def test_run_ends_as_the_training_did(paths: Paths, database: Path, error: BaseE
 def test_training_outlives_a_database_that_fails(
     paths: Paths, database: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(runs, "FINISH_SECONDS", 1.0)
     shutil.copy(database, paths.root / "gone.db")
     progress = Progress("train", 7, points(paths), show=False)
     with (
         caplog.at_level(logging.WARNING, "tasks"),
-        tracking.training_run(with_tracking("sqlite:///gone.db"), paths, "train", progress.path),
+        runs.training_run(with_tracking("sqlite:///gone.db"), paths, "train", progress.path),
     ):
         (paths.root / "gone.db").write_bytes(b"")  # every table is gone
         progress.log({"loss": 1.0}, 7)
@@ -237,18 +237,18 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, database: Path
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", program], cwd=paths.root, env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
-    tracking.configure(settings, paths)
-    (run,) = runs("continues")
+    runs.configure(settings, paths)
+    (run,) = logged_runs("continues")
     assert run.info.status == "RUNNING"
     assert [history(run.info.run_id, name) for name in ("loss", "step/loss")] == [[(1, 3.0)], [(1, 4.0)]]
 
     # It continues from the end of epoch 1, and repeats what it had not saved.
     progress = Progress("train", 2, points(paths), show=False)
-    with tracking.training_run(settings, paths, "train", progress.path) as training:
+    with runs.training_run(settings, paths, "train", progress.path) as training:
         progress.log({"loss": 3.0}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 2)
         progress.log({"loss": 1.0}, 2)
-    (continued,) = runs("continues")
+    (continued,) = logged_runs("continues")
     assert training.id == continued.info.run_id == run.info.run_id
     assert continued.info.status == "FINISHED"
     assert history(training.id, "loss") == [(1, 3.0), (2, 1.0)]
@@ -258,10 +258,10 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, database: Path
 def test_continued_training_whose_run_was_deleted_gets_a_new_one(paths: Paths, database: Path) -> None:
     settings = with_tracking(f"sqlite:///{database}", "deleted run")
     progress = Progress("train", 2, points(paths), show=False)
-    with tracking.training_run(settings, paths, "train", progress.path) as first:
+    with runs.training_run(settings, paths, "train", progress.path) as first:
         progress.log({"loss": 3.0}, 1)
     mlflow.MlflowClient().delete_run(first.id)
-    with tracking.training_run(settings, paths, "train", progress.path) as second:
+    with runs.training_run(settings, paths, "train", progress.path) as second:
         progress.log({"loss": 1.0}, 2)
     assert second.id != first.id
     assert history(second.id, "loss") == [(1, 3.0), (2, 1.0)]
@@ -274,7 +274,7 @@ def test_gpu_is_watched(paths: Paths, database: Path, monkeypatch: pytest.Monkey
     settings = with_tracking(f"sqlite:///{database}", "watched")
     epoch = 0
     for _ in range(2):  # continued, it goes on where it was
-        with tracking.training_run(settings, paths, "train", progress.path) as training:
+        with runs.training_run(settings, paths, "train", progress.path) as training:
             before = history(training.id, "system/system_memory_usage_percentage")
             deadline = time.monotonic() + 20
             while history(training.id, "system/system_memory_usage_percentage") == before:
@@ -288,7 +288,7 @@ def test_gpu_is_watched(paths: Paths, database: Path, monkeypatch: pytest.Monkey
 
 
 def test_other_ranks_track_nothing() -> None:
-    with tracking.silent() as training:
+    with runs.silent() as training:
         assert training.id == ""
 
 
@@ -297,9 +297,9 @@ def test_absent_server_is_one_message_within_seconds(paths: Paths) -> None:
     started = time.monotonic()
     with (
         pytest.raises(
-            tracking.UnavailableError, match=rf"^MLflow at {uri} does not answer \(.*refused\)\. .*when it begins or"
+            runs.UnavailableError, match=rf"^MLflow at {uri} does not answer \(.*refused\)\. .*when it begins or"
         ),
-        tracking.training_run(with_tracking(uri), paths, "train", points(paths)),
+        runs.training_run(with_tracking(uri), paths, "train", points(paths)),
     ):
         pytest.fail("the training must not begin")
     assert time.monotonic() - started < 30
@@ -312,33 +312,33 @@ def test_server_that_accepts_and_says_nothing(paths: Paths, monkeypatch: pytest.
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(tracking.UnavailableError, match="does not answer"):
-            tracking.configure(with_tracking(uri), paths)
+        with pytest.raises(runs.UnavailableError, match="does not answer"):
+            runs.configure(with_tracking(uri), paths)
 
 
 def test_file_that_is_no_database(paths: Paths) -> None:
     (paths.root / "mlflow.db").write_text("not a database " * 100)
     with pytest.raises(UserError, match=r"mlflow\.db: cannot be used as MLflow's database .* Move it away"):
-        tracking.configure(with_tracking("sqlite:///mlflow.db"), paths)
+        runs.configure(with_tracking("sqlite:///mlflow.db"), paths)
 
 
 def test_folder_that_cannot_be_made(paths: Paths) -> None:
     (paths.root / "file").touch()
     with pytest.raises(UserError, match=r"cannot be used as MLflow's database"):
-        tracking.configure(with_tracking("sqlite:///file/mlflow.db"), paths)
+        runs.configure(with_tracking("sqlite:///file/mlflow.db"), paths)
 
 
 def test_address_of_an_unknown_kind(paths: Paths) -> None:
     with pytest.raises(UserError, match="MLflow at nonsense://here refuses"):
-        tracking.configure(with_tracking("nonsense://here"), paths)
+        runs.configure(with_tracking("nonsense://here"), paths)
 
 
 def test_deleted_experiment_says_how_to_restore_it(paths: Paths, database: Path) -> None:
     settings = with_tracking(f"sqlite:///{database}", "deleted")
-    tracking.configure(settings, paths)
+    runs.configure(settings, paths)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("deleted")
     assert experiment is not None
     client.delete_experiment(experiment.experiment_id)
     with pytest.raises(UserError, match=r"'deleted' is deleted.*mlflow experiments restore"):
-        tracking.configure(settings, paths)
+        runs.configure(settings, paths)

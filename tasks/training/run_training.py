@@ -16,9 +16,9 @@ from d2r_core import checkpoint, distributed, files, models, runtime, training
 from d2r_core.data import load_split
 from d2r_core.evaluation import Attack
 from d2r_core.objectives import Objective
-from tasks import lineage, tracking
 from tasks.config.paths import Paths
 from tasks.config.settings import Optimisation, Settings, Train
+from tasks.tracking import lineage, runs
 from tasks.training.metrics_log import Progress
 
 
@@ -60,7 +60,7 @@ def fit_and_save(
         runtime.compile_models(trained, compile=settings.runtime.compile, device=device)
         first = distributed.rank() == 0
         progress = Progress(stage, epochs, state_folder / "metrics.jsonl", show=first)
-        with tracking.training_run(settings, paths, stage, progress.path) if first else tracking.silent() as run:
+        with runs.training_run(settings, paths, stage, progress.path) if first else runs.silent() as run:
             kept = training.fit(
                 trained,
                 train,

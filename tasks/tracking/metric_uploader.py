@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from d2r_core import files
-from tasks import causes
+from tasks.tracking import errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -123,7 +123,7 @@ class Shipment:
                     self._pause(_POLL_SECONDS)
             except Exception as error:  # whatever it is, the training goes on
                 if not failures:
-                    reason = causes.first_line([*causes.chain(error)][-1])
+                    reason = errors.first_line([*errors.chain(error)][-1])
                     _log.warning("MLflow does not take points at present (%s); they are kept and sent later.", reason)
                 failures += 1
                 self._pause(_POLL_SECONDS if finishing else min(2.0**failures, _LONGEST_PAUSE))

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from d2r_core import runtime
 from d2r_core.errors import UserError
-from tasks import causes, lineage, shipping, system_metrics
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.lineage import Lineage
+from tasks.tracking import errors, lineage, metric_uploader, system_metrics
+from tasks.tracking.lineage import Lineage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -164,7 +164,7 @@ def _begin_or_continue(settings: Settings, paths: Paths, stage: str, points: Pat
     import mlflow
 
     made_from = lineage.of(settings, paths)
-    noted = shipping.read_note(points)
+    noted = metric_uploader.read_note(points)
     if noted is None or find(mlflow.MlflowClient(), noted.run_id) is None:
         return begin(settings, paths, stage, made_from)
     mlflow.start_run(noted.run_id, tags=_tags(made_from))
@@ -188,7 +188,7 @@ def _shipped(settings: Settings, run_id: str, points: Path) -> Iterator[None]:
 
     on_gpu = runtime.device(settings.runtime.device).type == "cuda"
     with system_metrics.monitor(run_id) if on_gpu else nullcontext(lambda: None) as watch:
-        shipment = shipping.Shipment(mlflow.MlflowClient(), run_id, points, watch)
+        shipment = metric_uploader.Shipment(mlflow.MlflowClient(), run_id, points, watch)
         seconds, then = STOP_SECONDS, "when the training continues"
         try:
             yield
@@ -213,13 +213,13 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        chain = list(causes.chain(error))
+        chain = list(errors.chain(error))
         if any(map(_may_pass, chain)):
             raise UnavailableError(
-                f"MLflow at {mlflow.get_tracking_uri()} does not answer ({causes.first_line(chain[-1])}). Start it, or "
+                f"MLflow at {mlflow.get_tracking_uri()} does not answer ({errors.first_line(chain[-1])}). Start it, or "
                 "correct tracking.uri in params.yaml or the variable MLFLOW_TRACKING_URI."
             ) from error
-        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} refuses: {causes.first_line(error)}") from error
+        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} refuses: {errors.first_line(error)}") from error
 
 
 @contextmanager
@@ -283,7 +283,7 @@ def _end(status: str) -> None:
     try:
         mlflow.end_run(status)
     except Exception as error:  # whatever it is, the training has ended
-        _log.warning("MLflow could not end the run as %s: %s", status, causes.first_line([*causes.chain(error)][-1]))
+        _log.warning("MLflow could not end the run as %s: %s", status, errors.first_line([*errors.chain(error)][-1]))
 
 
 def _version() -> str:
