@@ -16,9 +16,9 @@ from d2r_core.errors import UserError
 from flows import data_commands, evaluate_command
 
 if TYPE_CHECKING:
-    from flows.standing import Standing
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
+    from tasks.registry.status import RegistryStatus
 
 app = typer.Typer(
     help="Trains image classifiers that stay right under adversarial attack, from data to champion.",
@@ -34,22 +34,22 @@ app.command()(evaluate_command.evaluate)
 @app.command()
 def run() -> None:
     """Run the whole chain, from the data to the registered model."""
-    from tasks import repro
+    from tasks.pipeline import dvc
 
     settings, paths = _project()
     registered = None
-    if not repro.status(paths):
-        from flows import standing
+    if not dvc.status(paths):
+        from tasks.registry.status import registry_status
 
-        registered = standing.of(settings, paths)
+        registered = registry_status(settings, paths)
     # Prefect takes longer to start than all the questions above.
     if registered and (registered.settled or "champion" in registered.aliases):
         typer.echo("Everything is up to date.")
     else:
         _retrain()
-        from flows import standing
+        from tasks.registry.status import registry_status
 
-        registered = standing.of(settings, paths)
+        registered = registry_status(settings, paths)
     assert registered is not None, "the flow has registered it"
     _conclude(settings, paths, registered)
 
@@ -57,10 +57,10 @@ def run() -> None:
 @app.command()
 def stage(name: Annotated[str, typer.Argument(help="prepare, validate, pretrain, train, evaluate or report")]) -> None:
     """Run one stage through DVC, if it is not up to date."""
-    from tasks import repro
+    from tasks.pipeline import dvc
 
     _, paths = _project()
-    outcome = repro.reproduce(name, paths, typer.echo)
+    outcome = dvc.reproduce(name, paths, typer.echo)
     typer.echo(f"stage {name}: {outcome}")
 
 
@@ -93,25 +93,26 @@ def use(
 @app.command()
 def status() -> None:
     """Say what is up to date and which version is champion."""
-    from flows import standing, summary
-    from tasks import repro
+    from tasks.pipeline import dvc
+    from tasks.registry.status import aliases
+    from tasks.tracking.uri import tracking_uri
 
     settings, paths = _project()
     try:
         for name, state in _stage_states(paths):
             typer.echo(f"{name:<12}{state}")
-    except repro.BusyError as error:
+    except dvc.BusyError as error:
         typer.echo(f"A run is in progress.\n{error}")
     typer.echo()
-    held = standing.aliases(settings, paths)
+    held = aliases(settings, paths)
     for alias in ("champion", "challenger"):
         version = held.get(alias)
         typer.echo(f"{alias:<12}{f'{settings.promote.model_name} version {version}' if version else 'none yet'}")
     typer.echo()
     for what, path in (("report", paths.report), ("model card", paths.model_card)):
         typer.echo(f"{what:<12}{path if path.exists() else 'not made yet'}")
-    typer.echo(f"{'MLflow':<12}{summary.tracking_uri(settings)}")
-    typer.echo(f"{'DVC cache':<12}{repro.cache(paths)}")
+    typer.echo(f"{'MLflow':<12}{tracking_uri(settings)}")
+    typer.echo(f"{'DVC cache':<12}{dvc.cache(paths)}")
 
 
 def main() -> None:
@@ -132,12 +133,12 @@ def main() -> None:
 
 def _project() -> tuple["Settings", "Paths"]:
     """The settings and the paths of the current folder. Raises UserError outside a project."""
-    from tasks import repro
     from tasks.config import settings as settings_file
     from tasks.config.paths import Paths
+    from tasks.pipeline import dvc
 
     paths = Paths()
-    repro.order(paths)
+    dvc.order(paths)
     return settings_file.load(paths.params), paths
 
 
@@ -159,7 +160,7 @@ def _retrain() -> None:
         raise typer.Exit(130 if interrupted else 1)
 
 
-def _conclude(settings: "Settings", paths: "Paths", registered: "Standing") -> None:
+def _conclude(settings: "Settings", paths: "Paths", registered: "RegistryStatus") -> None:
     """Print the figures, where to look further, and what became of the model."""
     import rich
     from rich.table import Table
@@ -186,11 +187,11 @@ def _conclude(settings: "Settings", paths: "Paths", registered: "Standing") -> N
 
 def _stage_states(paths: "Paths") -> Iterator[tuple[str, str]]:
     """Every stage with what DVC says of it."""
-    from tasks import repro
+    from tasks.pipeline import dvc
 
-    changed, upstream, recorded = repro.status(paths), repro.upstream(paths), repro.recorded(paths)
+    changed, upstream, recorded = dvc.status(paths), dvc.upstream(paths), dvc.recorded(paths)
     stale: list[str] = []
-    for name in repro.order(paths):
+    for name in dvc.order(paths):
         waits = [other for other in stale if other in upstream[name]]
         if name not in changed and not waits:
             yield name, "up to date"

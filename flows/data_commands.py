@@ -22,10 +22,10 @@ def add(
     force: Annotated[bool, typer.Option("--force", help="make it the new version of a name that is taken")] = False,
 ) -> None:
     """Put a folder or an archive under DVC, as data/raw/NAME."""
-    from tasks import datasets
     from tasks.config.paths import Paths
+    from tasks.pipeline import dataset_versions
 
-    folder, new = datasets.add(path, name, Paths(), force=force)
+    folder, new = dataset_versions.add(path, name, Paths(), force=force)
     if not new:
         typer.echo(f"{folder} holds this content already.")
         return
@@ -36,10 +36,10 @@ def add(
 @app.command("list")
 def listing() -> None:
     """List the data sets and say which one params.yaml names."""
-    from tasks import datasets
     from tasks.config.paths import Paths
+    from tasks.pipeline import dataset_versions
 
-    found = datasets.versions(Paths())
+    found = dataset_versions.versions(Paths())
     if not found:
         typer.echo("No data set is under DVC yet: `d2r data add PATH --name NAME` adds one.")
     width = max((len(version.name) for version in found), default=0)
@@ -57,10 +57,10 @@ def diff(
     after: Annotated[str, typer.Argument(metavar="B", help="the same, of the other version")],
 ) -> None:
     """Say what was added, removed and relabelled from A to B."""
-    from tasks import datasets
     from tasks.config.paths import Paths
+    from tasks.pipeline import dataset_versions
 
-    found = datasets.compare(before, after, Paths())
+    found = dataset_versions.compare(before, after, Paths())
     for what, names in (("added", found.added), ("removed", found.removed), ("relabelled", found.relabelled)):
         _show(what, names)
     typer.echo(f"same: {found.same}")

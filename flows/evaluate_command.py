@@ -131,14 +131,14 @@ def _subject(
 ) -> "Subject":
     """The model that a checkpoint holds: of the architecture in the JSON beside it, or of the one that is given."""
     from d2r_core import checkpoint, files, models
-    from tasks import registry
     from tasks.evaluation.evaluate_models import Subject
+    from tasks.registry import versions
 
     shape = {"num_classes": len(images.classes), "image_size": images.split.images.shape[2]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(reference)
         if reference.startswith("models:/"):
-            path = registry.download(settings, paths, reference, Path(folder))
+            path = versions.download(settings, paths, reference, Path(folder))
         if not path.is_file():
             raise UserError(f"{path}: there is no such file.")
         if checkpoint.metadata_path(path).is_file() and not architecture:

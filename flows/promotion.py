@@ -9,10 +9,10 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from tasks import registry
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.registry import Verdict
+from tasks.registry import versions
+from tasks.registry.versions import Verdict
 from tasks.tracking.runs import UnavailableError
 
 
@@ -34,7 +34,7 @@ def promotion(settings: Settings, paths: Paths) -> Outcome:
     if verdict.passed:
         promote(settings, paths, version)
     alias: Literal["champion", "challenger"] = (
-        "champion" if verdict.passed or registry.champion(settings, paths) == version else "challenger"
+        "champion" if verdict.passed or versions.champion(settings, paths) == version else "challenger"
     )
     return Outcome(version, alias, verdict)
 
@@ -46,14 +46,14 @@ def may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
 def register(settings: Settings, paths: Paths) -> int:
-    version = registry.register(settings, paths)
+    version = versions.register(settings, paths)
     print(f"{settings.promote.model_name} version {version} is @challenger")
     return version
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
 def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
-    verdict = registry.gate(settings, paths, version)
+    verdict = versions.gate(settings, paths, version)
     print(
         f"The gate {'lets' if verdict.passed else 'does not let'} version {version} pass: {' '.join(verdict.reasons)}"
     )
@@ -62,5 +62,5 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
 def promote(settings: Settings, paths: Paths, version: int) -> None:
-    registry.promote(settings, paths, version)
+    versions.promote(settings, paths, version)
     print(f"{settings.promote.model_name} version {version} is @champion")

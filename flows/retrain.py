@@ -22,31 +22,33 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed, Failed
 
 from d2r_core.errors import UserError
-from flows import standing, summary
+from flows import summary
 from flows.promotion import Outcome, may_pass, promotion
-from tasks import comparison, repro
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.pipeline import dvc
+from tasks.registry import champion_comparison
+from tasks.registry.status import registry_status
 from tasks.tracking.runs import UnavailableError
 
 
 def _busy(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Whether to try again: a wrong parameter or a failed training would only fail again."""
-    return isinstance(state.data, repro.BusyError)
+    return isinstance(state.data, dvc.BusyError)
 
 
 # The delays outlast a `dvc status` or `dvc checkout` of somebody else; another training is not waited for.
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_busy)
 def reproduce(stage: str) -> State[Any]:
     """Bring one stage up to date; its output goes line by line to the task's log."""
-    return Completed(message=repro.reproduce(stage, Paths(), get_run_logger().info))
+    return Completed(message=dvc.reproduce(stage, Paths(), get_run_logger().info))
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
 def compare(settings: Settings, paths: Paths) -> None:
     """Put the evaluated model beside the champion, for the report."""
-    print(comparison.compare(settings, paths))
+    print(champion_comparison.compare(settings, paths))
 
 
 @flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
@@ -60,7 +62,7 @@ def retrain() -> Outcome | State[Any]:
     try:
         settings = settings_file.load(paths.params)
         # Called, not submitted: in the main thread a cancellation or a timeout interrupts the wait for the stage.
-        for stage in repro.order(paths):
+        for stage in dvc.order(paths):
             if stage == "report":
                 _compare(settings, paths)
             reproduce.with_options(name=stage, task_run_name=stage)(stage)
@@ -81,7 +83,7 @@ def _compare(settings: Settings, paths: Paths) -> None:
 
 def _markdown(settings: Settings, paths: Paths, outcome: Outcome) -> str:
     robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
-    registered = standing.of(settings, paths)
+    registered = registry_status(settings, paths)
     assert registered is not None, "promotion has registered it"
     return "\n".join(
         [

@@ -1,9 +1,9 @@
 """What a run came to, for people: the robustness table and where to look further. Used by terminal and artifact."""
 
-import os
 from typing import Any
 
 from tasks.config.settings import Settings
+from tasks.tracking.uri import tracking_uri
 
 HEADER = ["attack", "eps", "test images", "guidance [95 %]", "target [95 %]"]
 _ATTACKS = ["clean", "fgsm", "pgd", "cw", "worst", "autoattack"]  # the worst is that of the four before it
@@ -37,11 +37,6 @@ def markdown(robustness: dict[str, Any]) -> str:
     """The table as Markdown."""
     lines = [HEADER, ["---"] * len(HEADER), *rows(robustness)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def tracking_uri(settings: Settings) -> str:
-    """The address of MLflow as a person writes it: the variable, or `tracking.uri`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or settings.tracking.uri
 
 
 def open_mlflow(settings: Settings) -> str:

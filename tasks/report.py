@@ -154,7 +154,7 @@ def _check_belonging(paths: Paths, chain: Chain, robustness: Mapping[str, Any]) 
 
 
 def _comparison(paths: Paths, robustness: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `d2r run` has written beside the stages (tasks/comparison.py), if it is about these very figures."""
+    """What `d2r run` has written beside the stages (registry/champion_comparison.py), if it is about these figures."""
     if not paths.comparison.exists():
         return None
     try:

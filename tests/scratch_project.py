@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from tasks import repro
 from tasks.config.paths import Paths
+from tasks.pipeline import dvc
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +91,7 @@ def make_done(folder: Path) -> Path:
     make(folder)
     for stage, content in (("first", "input "), ("second", "input "), ("first", "other ")):
         (folder / "input.txt").write_text(content)
-        repro.reproduce(stage, Paths(folder), print)
+        dvc.reproduce(stage, Paths(folder), print)
     return folder
 
 

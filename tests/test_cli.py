@@ -15,9 +15,10 @@ import pytest
 import scratch_project as scratch
 from typer.testing import CliRunner
 
-from flows import cli, standing
-from flows.standing import Standing
-from tasks import repro
+from flows import cli
+from tasks.pipeline import dvc
+from tasks.registry import status
+from tasks.registry.status import RegistryStatus
 
 COMMANDS = ("run", "stage", "evaluate", "use", "status")
 
@@ -263,9 +264,9 @@ def test_a_second_run_starts_no_flow(
 ) -> None:
     robustness(project)
     monkeypatch.chdir(project)
-    monkeypatch.setattr(repro, "status", lambda paths: {})
-    registered = Standing(3, aliases, "failed", ("Too weak.",), settled, "1", "run")
-    monkeypatch.setattr(standing, "of", lambda settings, paths: registered)
+    monkeypatch.setattr(dvc, "status", lambda paths: {})
+    registered = RegistryStatus(3, aliases, "failed", ("Too weak.",), settled, "1", "run")
+    monkeypatch.setattr(status, "of", lambda settings, paths: registered)
     flows: list[bool] = []
     monkeypatch.setattr(cli, "_retrain", lambda: flows.append(True))
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from d2r_core.statistics import paired_bootstrap
-from tasks import comparison, registry
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.registry import champion_comparison, versions
 from tasks.tracking import runs
 
 IMAGES = 40
@@ -74,14 +74,14 @@ class Project:
         for path in (self.paths.robustness, self.paths.examples) if files else ():
             client.log_artifact(run_id, str(path))
         name = self.settings.promote.model_name
-        if registry.champion(self.settings, self.paths) is None:
+        if versions.champion(self.settings, self.paths) is None:
             client.create_registered_model(name)
         version = client.create_model_version(name, "nowhere", run_id, tags={"weights_sha256": weights})
         client.set_registered_model_alias(name, "champion", version.version)
         return int(version.version)
 
     def compare(self) -> str:
-        return comparison.compare(self.settings, self.paths)
+        return champion_comparison.compare(self.settings, self.paths)
 
     def written(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(self.paths.comparison.read_text(encoding="utf-8"))

@@ -12,8 +12,8 @@ from conftest import copy_project
 from photos import make_folder, photo
 
 from d2r_core.errors import UserError
-from tasks import datasets, repro
 from tasks.config.paths import Paths
+from tasks.pipeline import dataset_versions, dvc
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def commit(root: Path) -> None:
     git(root, "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "--message", "a version")
 
 
-def dvc(root: Path, *arguments: str) -> str:
+def run_dvc(root: Path, *arguments: str) -> str:
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True, text=True
     ).stdout
@@ -67,7 +67,7 @@ def test_the_life_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> 
     assert "used by params.yaml" in d2r(project, "data", "list")
     commit(project)
     assert "stage prepare: ran" in d2r(project, "stage", "prepare")
-    assert "prepare" not in repro.status(Paths(project)), "nothing new"
+    assert "prepare" not in dvc.status(Paths(project)), "nothing new"
 
     # The same files again, whatever their times, are the same version.
     for file in photos.rglob("*.png"):
@@ -80,7 +80,7 @@ def test_the_life_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> 
     assert "`--force` makes this its new version" in d2r(project, "data", "add", str(photos), "--name", "pets", code=1)
     assert (project / "data/raw/pets/pets.zip").read_bytes() == first
     d2r(project, "data", "add", str(photos), "--name", "pets", "--force")
-    assert "data/raw/pets" in str(repro.status(Paths(project))["prepare"]), "a scheduled run sees new data"
+    assert "data/raw/pets" in str(dvc.status(Paths(project))["prepare"]), "a scheduled run sees new data"
     assert d2r(project, "data", "diff", "pets@HEAD", "pets").splitlines() == [
         "added: 1",
         "  train/cat/77.png",
@@ -93,8 +93,8 @@ def test_the_life_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> 
     assert d2r(project, "data", "diff", "pets", str(photos)).endswith("same: 18\n")
 
     # Pushed, gone here, and fetched by the stage that needs it; then gone everywhere.
-    dvc(project, "remote", "add", "--default", "local", str(tmp_path / "remote"))
-    dvc(project, "push")
+    run_dvc(project, "remote", "add", "--default", "local", str(tmp_path / "remote"))
+    run_dvc(project, "push")
     second = (project / "data/raw/pets/pets.zip").read_bytes()
     for gone in (project / "data/raw/pets", project / ".dvc/cache"):
         shutil.rmtree(gone)
@@ -116,7 +116,7 @@ def test_a_folder_is_packed_to_the_same_bytes_and_without_what_systems_leave(pho
     for number in range(2):
         new = tmp_path / str(number)
         new.mkdir()
-        datasets._pack(photos, new, "pets")
+        dataset_versions._pack(photos, new, "pets")
         packed.append((new / "pets.zip").read_bytes())
         for file in photos.rglob("*.png"):
             file.chmod(0o600)
@@ -134,11 +134,11 @@ def test_an_archive_stays_as_it_is_and_a_set_in_parts_too(photos: Path, tmp_path
     single, both = tmp_path / "single", tmp_path / "both"
     single.mkdir()
     both.mkdir()
-    datasets._pack(parts / "train.zip", single, "pets")
-    datasets._pack(parts, both, "pets")
+    dataset_versions._pack(parts / "train.zip", single, "pets")
+    dataset_versions._pack(parts, both, "pets")
     assert (single / "train.zip").read_bytes() == (parts / "train.zip").read_bytes()
     assert sorted(path.name for path in both.iterdir()) == ["test.zip", "train.zip"]
-    difference = datasets.compare(str(photos), str(both), Paths())
+    difference = dataset_versions.compare(str(photos), str(both), Paths())
     assert (difference.same, difference.added, difference.removed) == (18, [], [])
 
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_added_is_one_message_and_leaves_nothing(
     (tmp_path / "linked/a.png").symlink_to(photos / "train/cat/00.png")
     before = sorted(root.rglob("*"))
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace(".", r"\.")):
-        datasets.add(tmp_path / source, name, Paths(root), force=False)
+        dataset_versions.add(tmp_path / source, name, Paths(root), force=False)
     assert sorted(root.rglob("*")) == before
 
 
@@ -186,11 +186,11 @@ def test_if_dvc_fails_everything_is_as_it_was(
     def fail(arguments: list[str], paths: Paths) -> list[str]:
         (root / "data/raw/pets.dvc").write_text("half")
         (root / "data/raw/.gitignore").write_text("half")
-        raise repro.BusyError("another DVC process is at work here")
+        raise dvc.BusyError("another DVC process is at work here")
 
-    monkeypatch.setattr(repro, "ask", fail)
+    monkeypatch.setattr(dvc, "ask", fail)
     with pytest.raises(UserError, match="another DVC process"):
-        datasets.add(photos, "pets", Paths(root), force=True)
+        dataset_versions.add(photos, "pets", Paths(root), force=True)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
@@ -204,7 +204,7 @@ def test_differences_that_cannot_be_told_are_one_message(project: Path, photos: 
         (str(broken), "broken.zip"),
     ):
         with pytest.raises(UserError, match=message):
-            datasets.compare(name, str(photos), Paths(project))
+            dataset_versions.compare(name, str(photos), Paths(project))
 
 
 def test_without_any_data_set_the_list_says_how_to_begin(project: Path) -> None:

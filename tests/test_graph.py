@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks import repro
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.pipeline import dvc
 
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -53,11 +53,11 @@ def closure(module: str) -> set[str]:
 
 
 def test_dvc_runs_the_chain_in_its_order() -> None:
-    assert repro.order(Paths(ROOT)) == CHAIN
+    assert dvc.order(Paths(ROOT)) == CHAIN
 
 
 def test_every_stage_needs_the_one_before_it() -> None:
-    upstream = repro.upstream(Paths(ROOT))
+    upstream = dvc.upstream(Paths(ROOT))
 
     assert all(before in upstream[after] for before, after in pairwise(CHAIN))
 
@@ -103,6 +103,6 @@ def test_the_report_names_the_single_parameters_that_its_templates_read() -> Non
 
 
 def test_no_out_is_made_twice() -> None:
-    outs = [out for stage in STAGES.values() for out in repro.outs(stage)]
+    outs = [out for stage in STAGES.values() for out in dvc.outs(stage)]
 
     assert len(outs) == len(set(outs))

@@ -27,10 +27,10 @@ from d2r_core import checkpoint, data, models
 from d2r_core.data import Split
 from d2r_core.errors import UserError
 from flows import promotion
-from tasks import registry, serving
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation import evaluate_model
+from tasks.registry import servable, versions
 from tasks.tracking import lineage, runs
 from tasks.training.metrics_log import Progress
 
@@ -163,16 +163,16 @@ class Project:
     def register(self, seed: int = 0, **figures: Any) -> int:
         self.train(seed)
         self.evaluate(**figures)
-        return registry.register(self.settings, self.paths)
+        return versions.register(self.settings, self.paths)
 
-    def gate(self, version: int) -> registry.Verdict:
-        return registry.gate(self.settings, self.paths, version)
+    def gate(self, version: int) -> versions.Verdict:
+        return versions.gate(self.settings, self.paths, version)
 
     def promote(self, version: int) -> None:
-        registry.promote(self.settings, self.paths, version)
+        versions.promote(self.settings, self.paths, version)
 
     def champion(self) -> int | None:
-        return registry.champion(self.settings, self.paths)
+        return versions.champion(self.settings, self.paths)
 
     def version(self, version: int) -> ModelVersion:
         return mlflow.MlflowClient().get_model_version(NAME, str(version))
@@ -208,7 +208,7 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
     metadata = checkpoint.read_metadata(project.paths.target)
     # As if MLflow had been away when the training ended.
     mlflow.MlflowClient().update_run(metadata["mlflow_run_id"], status="RUNNING")
-    version = registry.register(project.settings, project.paths)
+    version = versions.register(project.settings, project.paths)
     found = project.version(version)
     assert found.tags == {
         "git_commit": metadata["git_commit"],
@@ -263,7 +263,7 @@ def test_runs_get_the_points_that_they_missed(project: Project) -> None:
         progress.log_step({"loss": 2.0}, 2, 1, 2)
         progress.log({"loss": 1.5}, 2)
     project.evaluate()
-    registry.register(project.settings, paths)
+    versions.register(project.settings, paths)
     for run_id in (trained_in, pretrained_in):
         for name, expected in {"loss": [(1, 2.5), (2, 1.5)], "step/loss": [(3, 2.0)]}.items():
             assert [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)] == expected
@@ -343,11 +343,11 @@ def test_same_model_is_registered_once(project: Project, change: Change) -> None
     assert (first, second) == (1, 2)
     assert project.challenger() == second
     project.evaluate()
-    assert registry.register(project.settings, project.paths) == second
+    assert versions.register(project.settings, project.paths) == second
     # Another evaluation of the same weights is another version, of the same run.
     project.settings = change(evaluate={"eps": 0.2})
     project.evaluate(worst=0.1)
-    third = registry.register(project.settings, project.paths)
+    third = versions.register(project.settings, project.paths)
     assert project.versions() == [1, 2, 3]
     assert project.version(third).run_id == project.version(second).run_id
     assert project.version(third).tags["robust_accuracy"] == "0.1"
@@ -358,7 +358,7 @@ def test_run_that_this_server_does_not_know_is_made_from_the_files(project: Proj
     project.evaluate()
     (trained_in,) = project.runs()
     mlflow.MlflowClient().delete_run(trained_in.info.run_id)
-    version = registry.register(project.settings, project.paths)
+    version = versions.register(project.settings, project.paths)
 
     (run,) = project.runs()
     assert project.version(version).run_id == run.info.run_id != trained_in.info.run_id
@@ -375,7 +375,7 @@ def test_run_that_this_server_does_not_know_is_made_from_the_files(project: Proj
 
     project.settings = change(evaluate={"eps": 0.2})
     project.evaluate()
-    assert project.version(registry.register(project.settings, project.paths)).run_id == run.info.run_id
+    assert project.version(versions.register(project.settings, project.paths)).run_id == run.info.run_id
 
 
 def test_nothing_is_registered_when_logging_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,13 +386,13 @@ def test_nothing_is_registered_when_logging_fails(project: Project, monkeypatch:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "log_model", fail)
+        patch.setattr(servable, "log_model", fail)
         with pytest.raises(OSError, match="no space left"):
-            registry.register(project.settings, project.paths)
+            versions.register(project.settings, project.paths)
     assert mlflow.MlflowClient().search_registered_models() == []
     (run,) = project.runs()
     assert run.info.status == "FINISHED"
-    assert registry.register(project.settings, project.paths) == 1
+    assert versions.register(project.settings, project.paths) == 1
 
 
 def test_version_without_its_alias_is_found_again(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,8 +405,8 @@ def test_version_without_its_alias_is_found_again(project: Project, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, "set_registered_model_alias", fail)
         with pytest.raises(UserError, match="refuses: gone"):
-            registry.register(project.settings, project.paths)
-    assert registry.register(project.settings, project.paths) == project.challenger() == 1
+            versions.register(project.settings, project.paths)
+    assert versions.register(project.settings, project.paths) == project.challenger() == 1
 
 
 def damage_report(project: Project) -> None:
@@ -441,7 +441,7 @@ def test_artifacts_that_do_not_belong_together(
     project.evaluate()
     damage(project)
     with pytest.raises(UserError, match=message):
-        registry.register(project.settings, project.paths)
+        versions.register(project.settings, project.paths)
     assert mlflow.MlflowClient().search_registered_models() == []
     assert all(files_of(run.info.run_id) == set() for run in project.runs())
 
@@ -531,25 +531,25 @@ def test_champion_is_replaced_by_a_better_model_only(project: Project, change: C
     project.promote(better)
     assert project.champion() == better
 
-    assert registry.rollback(project.settings, project.paths) == first
+    assert versions.rollback(project.settings, project.paths) == first
     assert project.champion() == first
     with pytest.raises(UserError, match="version 1 is the first champion"):
-        registry.rollback(project.settings, project.paths)
+        versions.rollback(project.settings, project.paths)
 
 
 def test_rollback_goes_back_step_by_step(project: Project) -> None:
-    versions = [project.register(seed) for seed in range(3)]
-    for version in versions:
+    promoted = [project.register(seed) for seed in range(3)]
+    for version in promoted:
         project.promote(version)
         project.promote(version)  # once more changes nothing
-    assert registry.rollback(project.settings, project.paths) == versions[1]
-    assert registry.rollback(project.settings, project.paths) == versions[0]
+    assert versions.rollback(project.settings, project.paths) == promoted[1]
+    assert versions.rollback(project.settings, project.paths) == promoted[0]
 
 
 def test_without_champion_there_is_nothing_to_roll_back(project: Project) -> None:
     assert project.champion() is None
     with pytest.raises(UserError, match="digits has no champion"):
-        registry.rollback(project.settings, project.paths)
+        versions.rollback(project.settings, project.paths)
 
 
 def test_unknown_version_is_neither_gated_nor_promoted(project: Project) -> None:
@@ -564,7 +564,7 @@ def test_unknown_version_is_neither_gated_nor_promoted(project: Project) -> None
 def test_champion_of_other_data_is_measured_anew(project: Project) -> None:
     model = project.train(seed=0)
     project.evaluate(worst=0.99)
-    first = registry.register(project.settings, project.paths)
+    first = versions.register(project.settings, project.paths)
     project.promote(first)
 
     # New images, labelled as the champion sees them.
@@ -606,7 +606,7 @@ def test_champion_of_other_classes_is_not_compared(project: Project) -> None:
     project.promote(project.register(seed=0))
     project.train(seed=1, classes=[*CLASSES[:9], "letter a"])
     project.evaluate(worst=0.9)
-    verdict = project.gate(registry.register(project.settings, project.paths))
+    verdict = project.gate(versions.register(project.settings, project.paths))
     assert not verdict.passed
     assert verdict.reasons[0].startswith("Its class list is not that of the champion (version 1)")
 
@@ -656,7 +656,7 @@ def test_a_registered_checkpoint_can_be_had_by_its_reference(project: Project, t
     project.promote(version)
     weights = project.paths.target.read_bytes()
     for number, reference in enumerate((f"models:/{NAME}@champion", f"models:/{NAME}/{version}")):
-        path = registry.download(project.settings, project.paths, reference, tmp_path / f"had{number}")
+        path = versions.download(project.settings, project.paths, reference, tmp_path / f"had{number}")
         assert path.read_bytes() == weights
         assert checkpoint.load(path, torch.device("cpu"))
     for reference, message in (
@@ -666,4 +666,4 @@ def test_a_registered_checkpoint_can_be_had_by_its_reference(project: Project, t
         (f"models:/{NAME}", "write models:/NAME@champion, models:/NAME@challenger or models:/NAME/VERSION"),
     ):
         with pytest.raises(UserError, match=message):
-            registry.download(project.settings, project.paths, reference, tmp_path / "none")
+            versions.download(project.settings, project.paths, reference, tmp_path / "none")

@@ -23,11 +23,11 @@ from prefect.testing.utilities import prefect_test_harness
 
 from d2r_core.errors import UserError
 from flows import retrain as module
-from flows import standing
 from flows.promotion import Outcome
-from flows.standing import Standing
-from tasks import comparison, repro
-from tasks.registry import Verdict
+from tasks.pipeline import dvc
+from tasks.registry import champion_comparison, status
+from tasks.registry.status import RegistryStatus
+from tasks.registry.versions import Verdict
 from tasks.tracking.runs import UnavailableError
 
 
@@ -47,8 +47,8 @@ def project(prefect_server: None, template: Path, tmp_path: Path, monkeypatch: p
     """The current folder: a project that has run and been evaluated; its registry and its gate are played."""
     folder = shutil.copytree(template, tmp_path / "project")
     monkeypatch.chdir(folder)
-    registered = Standing(3, ("challenger",), "passed", (), False, "7", "abc")
-    monkeypatch.setattr(standing, "of", lambda settings, paths: registered)
+    registered = RegistryStatus(3, ("challenger",), "passed", (), False, "7", "abc")
+    monkeypatch.setattr(status, "of", lambda settings, paths: registered)
     judge(monkeypatch, passed=True)
     figures = {"clean": {"name": "clean", "accuracy": 0.975, "interval": [0.871, 0.996], "eps": 0.0, "images": 40}}
     models = {model: {"attacks": figures, "checks": [{"passed": True}]} for model in ("guidance", "target")}
@@ -166,7 +166,7 @@ def test_a_mistyped_parameter_fails_the_flow_and_changes_nothing(project: Path) 
 def test_a_stage_is_tried_again_only_while_another_process_is_in_the_way(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers: list[Exception | str] = [repro.BusyError("busy"), "ran", UserError("no good")]
+    answers: list[Exception | str] = [dvc.BusyError("busy"), "ran", UserError("no good")]
 
     def answer(*_: object) -> str:
         given = answers.pop(0)
@@ -174,8 +174,8 @@ def test_a_stage_is_tried_again_only_while_another_process_is_in_the_way(
             raise given
         return given
 
-    monkeypatch.setattr(repro, "reproduce", answer)
-    monkeypatch.setattr(repro, "order", lambda paths: ["first", "second"])
+    monkeypatch.setattr(dvc, "reproduce", answer)
+    monkeypatch.setattr(dvc, "order", lambda paths: ["first", "second"])
 
     with pytest.raises(UserError, match="no good"):
         module.retrain()
@@ -200,9 +200,9 @@ def test_the_champion_is_met_before_the_report_if_mlflow_answers(
         done.append(stage)
         return "ran"
 
-    monkeypatch.setattr(comparison, "compare", compare)
-    monkeypatch.setattr(repro, "reproduce", reproduce)
-    monkeypatch.setattr(repro, "order", lambda paths: ["evaluate", "report"])
+    monkeypatch.setattr(champion_comparison, "compare", compare)
+    monkeypatch.setattr(dvc, "reproduce", reproduce)
+    monkeypatch.setattr(dvc, "order", lambda paths: ["evaluate", "report"])
     monkeypatch.setattr(module, "compare", module.compare.with_options(retry_delay_seconds=0))
 
     module.retrain()

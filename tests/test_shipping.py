@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from d2r_core import runtime
-from tasks import recording
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.registry import model_logging
 from tasks.tracking import metric_uploader, runs
 from tasks.training.metrics_log import Progress
 
@@ -247,7 +247,7 @@ def test_training_that_ends_while_the_server_is_away_is_completed_later(
     paths.train_history.parent.mkdir()
     shutil.move(training.path, paths.train_history.with_suffix(".jsonl"))
     for _ in range(2):
-        recording.complete(mlflow.MlflowClient(), run.id, paths.train_history)
+        model_logging.complete(mlflow.MlflowClient(), run.id, paths.train_history)
         assert points_of(run.id) == training.points()
     assert mlflow.get_run(run.id).info.status == "FINISHED"
 

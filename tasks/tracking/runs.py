@@ -21,6 +21,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.tracking import errors, lineage, metric_uploader, system_metrics
 from tasks.tracking.lineage import Lineage
+from tasks.tracking.uri import tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,7 +62,7 @@ def configure(settings: Settings, paths: Paths) -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or settings.tracking.uri
+    uri = tracking_uri(settings)
     if uri.startswith(_SQLITE):
         uri = f"{_SQLITE}{paths.root.resolve() / uri.removeprefix(_SQLITE)}"
     # MLflow writes the address into the environment, where the next call would take it for the user's word.

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flows import standing
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.registry import status
 from tasks.tracking import runs
 
 IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash": "evaluation"}
@@ -36,8 +36,8 @@ def evaluated(paths: Paths, weights: str = "weights") -> None:
 def test_asking_makes_no_database(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
     settings = tiny_settings()
 
-    assert standing.aliases(settings, paths) == {}
-    assert standing.of(settings, paths) is None
+    assert status.aliases(settings, paths) == {}
+    assert status.registry_status(settings, paths) is None
     assert [path.name for path in paths.root.iterdir()] == ["reports"]
 
 
@@ -58,10 +58,10 @@ def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_setting
     client.set_registered_model_alias(name, "champion", "1")
     client.set_registered_model_alias(name, "challenger", "2")
 
-    found = standing.of(settings, paths)
+    found = status.registry_status(settings, paths)
 
-    assert standing.aliases(settings, paths) == {"champion": 1, "challenger": 2}
-    assert found == standing.Standing(
+    assert status.aliases(settings, paths) == {"champion": 1, "challenger": 2}
+    assert found == status.RegistryStatus(
         version=2,
         aliases=("challenger",),
         gate="failed",
@@ -70,8 +70,8 @@ def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_setting
         experiment_id=experiment.experiment_id,
         run_id=run.info.run_id,
     )
-    stricter = standing.of(tiny_settings(promote={"min_clean_accuracy": 0.5}), paths)
+    stricter = status.registry_status(tiny_settings(promote={"min_clean_accuracy": 0.5}), paths)
     assert stricter
     assert not stricter.settled
     evaluated(paths, weights="new")
-    assert standing.of(settings, paths) is None
+    assert status.registry_status(settings, paths) is None

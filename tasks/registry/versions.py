@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2r_core import checkpoint, data, runtime
 from d2r_core.errors import UserError
-from tasks import recording
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.recording import Recorded
+from tasks.registry import model_logging
+from tasks.registry.model_logging import Recorded
 from tasks.tracking import lineage, runs
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def register(settings: Settings, paths: Paths) -> int:
     with _client(settings, paths) as client:
         version = _registered(client, name, tags)
         if version is None:
-            recorded = recording.record(client, settings, paths, metadata, robustness)
+            recorded = model_logging.record(client, settings, paths, metadata, robustness)
             version = _create_version(client, name, recorded, tags)
         client.set_registered_model_alias(name, "challenger", str(version))
     return version

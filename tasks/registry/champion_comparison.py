@@ -14,9 +14,9 @@ import torch
 
 from d2r_core import files
 from d2r_core.statistics import paired_bootstrap
-from tasks import registry
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.registry import versions
 from tasks.tracking import runs
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def compare(settings: Settings, paths: Paths) -> str:
             belongs = False  # damaged
         if not belongs:
             paths.comparison.unlink()
-    version = registry.champion(settings, paths)
+    version = versions.champion(settings, paths)
     if version is None:
         paths.comparison.unlink(missing_ok=True)
         return "There is no champion to compare with."

@@ -3,13 +3,13 @@
 import json
 from typing import NamedTuple
 
-from flows import summary
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.tracking import runs
+from tasks.tracking.uri import tracking_uri
 
 
-class Standing(NamedTuple):
+class RegistryStatus(NamedTuple):
     """A registered version, its aliases, and what the gate said of it."""
 
     version: int
@@ -23,8 +23,8 @@ class Standing(NamedTuple):
 
 def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
     """Alias -> version of the registered model; empty if there is none. Raises UserError if MLflow does not answer."""
-    database = summary.tracking_uri(settings).removeprefix("sqlite:///")
-    if database != summary.tracking_uri(settings) and not (paths.root / database).exists():
+    database = tracking_uri(settings).removeprefix("sqlite:///")
+    if database != tracking_uri(settings) and not (paths.root / database).exists():
         return {}  # asking would make one
     runs.configure(settings, paths)
     from mlflow import MlflowClient
@@ -34,7 +34,7 @@ def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
     return {alias: int(version) for model in models for alias, version in model.aliases.items()}
 
 
-def of(settings: Settings, paths: Paths) -> Standing | None:
+def registry_status(settings: Settings, paths: Paths) -> RegistryStatus | None:
     """How the evaluated model stands in the registry; None if it is not evaluated or not registered.
 
     A version is this model if weights, data and evaluation are the same.
@@ -63,7 +63,7 @@ def of(settings: Settings, paths: Paths) -> Standing | None:
         newest = max(found, key=lambda version: int(version.version))
         assert newest.run_id is not None, "registry.register gives every version its run"
         run = MlflowClient().get_run(newest.run_id)
-    return Standing(
+    return RegistryStatus(
         version=int(newest.version),
         aliases=tuple(sorted(alias for alias, version in held.items() if version == int(newest.version))),
         gate=newest.tags.get("gate"),

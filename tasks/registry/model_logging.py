@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from d2r_core import checkpoint, data
-from tasks import serving
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.registry import servable
 from tasks.tracking import metric_uploader, runs
 from tasks.tracking.lineage import Lineage
 
@@ -51,7 +51,7 @@ def record(
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
     _log_files(client, run_id, paths)
-    return Recorded(run_id, serving.log_model(run_id, model, metadata, data.to_float(images).numpy()))
+    return Recorded(run_id, servable.log_model(run_id, model, metadata, data.to_float(images).numpy()))
 
 
 def complete(client: "MlflowClient", run_id: str, history: Path) -> None:

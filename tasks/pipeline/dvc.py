@@ -16,10 +16,10 @@ from typing import Any, Literal
 import yaml
 
 from d2r_core.errors import UserError
-from tasks import child
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.pipeline import process
 
 Outcome = Literal["ran", "restored", "up to date"]  # restored: DVC remembered a run with the same inputs
 
@@ -211,4 +211,4 @@ def _dvc(
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
     environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "SHELL": "/bin/sh"}
     command = [sys.executable, "-m", "dvc", *arguments]
-    return child.run(command, cwd=paths.root, environment=environment, log=log, terminal=terminal)
+    return process.run(command, cwd=paths.root, environment=environment, log=log, terminal=terminal)

@@ -18,10 +18,10 @@ import yaml
 
 from d2r_core import files
 from d2r_core.errors import UserError
-from tasks import repro
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.data import archive
+from tasks.pipeline import dvc
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip archive knows
@@ -61,7 +61,7 @@ def add(source: Path, name: str, paths: Paths, *, force: bool) -> tuple[Path, bo
         raise UserError(
             f"--name {name!r}: a name has letters, digits, '.', '_' and '-', and starts with one of the first two."
         )
-    repro.order(paths)  # in a project's own folder?
+    dvc.order(paths)  # in a project's own folder?
     folder = _folder(name, paths)
     record = folder.with_name(f"{name}.dvc")
     if folder.exists() and not record.exists():
@@ -162,7 +162,7 @@ def _replace(folder: Path, new: Path, record: Path, old: Path, paths: Paths) -> 
         folder.rename(old)
     new.rename(folder)
     try:
-        repro.ask(["add", "--quiet", str(folder.relative_to(paths.root))], paths)
+        dvc.ask(["add", "--quiet", str(folder.relative_to(paths.root))], paths)
     except BaseException:
         shutil.rmtree(folder)
         if old.exists():
@@ -203,7 +203,7 @@ def _located(what: str, paths: Paths) -> Iterator[Path]:
             target = Path(scratch, name)
             where = f"data/raw/{name}"
             try:
-                repro.ask(["get", ".", where, "--rev", revision, "--out", str(target)], paths)
+                dvc.ask(["get", ".", where, "--rev", revision, "--out", str(target)], paths)
             except UserError as error:
                 raise UserError(
                     f"{what}: git has no such version of {where}, or its content is in no cache and no remote. "
