@@ -15,44 +15,25 @@ import json
 from datetime import datetime
 from typing import Any
 
-from prefect import Task, flow, get_run_logger, task
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.states import Completed, Failed
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from d2r_core.errors import UserError
 from flows import summary
-from flows.promotion import Outcome, may_pass, promotion
+from flows.promotion import PromotionResult, promotion
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.pipeline import dvc
-from tasks.registry import champion_comparison
+from tasks.prefect_tasks import compare, reproduce
 from tasks.registry.status import registry_status
 from tasks.tracking.runs import UnavailableError
 
 
-def _busy(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether to try again: a wrong parameter or a failed training would only fail again."""
-    return isinstance(state.data, dvc.BusyError)
-
-
-# The delays outlast a `dvc status` or `dvc checkout` of somebody else; another training is not waited for.
-@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_busy)
-def reproduce(stage: str) -> State[Any]:
-    """Bring one stage up to date; its output goes line by line to the task's log."""
-    return Completed(message=dvc.reproduce(stage, Paths(), get_run_logger().info))
-
-
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_pass, log_prints=True)
-def compare(settings: Settings, paths: Paths) -> None:
-    """Put the evaluated model beside the champion, for the report."""
-    print(champion_comparison.compare(settings, paths))
-
-
 @flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
-def retrain() -> Outcome | State[Any]:
+def retrain() -> PromotionResult | State[Any]:
     """Bring every stage up to date, and let the gate decide about the model.
 
     A model that the gate refuses does not fail the flow: a week in which nothing better was found is a normal week,
@@ -81,7 +62,7 @@ def _compare(settings: Settings, paths: Paths) -> None:
         get_run_logger().warning("The report will hold no new comparison with the champion. %s", error)
 
 
-def _markdown(settings: Settings, paths: Paths, outcome: Outcome) -> str:
+def _markdown(settings: Settings, paths: Paths, outcome: PromotionResult) -> str:
     robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
     registered = registry_status(settings, paths)
     assert registered is not None, "promotion has registered it"

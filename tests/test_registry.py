@@ -27,6 +27,7 @@ from d2r_core import checkpoint, data, models
 from d2r_core.data import Split
 from d2r_core.errors import UserError
 from flows import promotion
+from tasks import prefect_tasks
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation import evaluate_model
@@ -643,7 +644,9 @@ def test_promotion_lets_better_models_through(project: Project, monkeypatch: pyt
     assert project.champion() == project.challenger() == 3
 
 
-@pytest.mark.parametrize("task", [promotion.register, promotion.gate, promotion.promote])
+@pytest.mark.parametrize(
+    "task", [prefect_tasks.compare, prefect_tasks.register, prefect_tasks.gate, prefect_tasks.promote]
+)
 def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> None:
     assert task.retries
     condition = cast(Callable[..., bool], task.retry_condition_fn)

@@ -23,7 +23,8 @@ from prefect.testing.utilities import prefect_test_harness
 
 from d2r_core.errors import UserError
 from flows import retrain as module
-from flows.promotion import Outcome
+from flows.promotion import PromotionResult
+from tasks import prefect_tasks
 from tasks.pipeline import dvc
 from tasks.registry import champion_comparison, status
 from tasks.registry.status import RegistryStatus
@@ -59,7 +60,7 @@ def project(prefect_server: None, template: Path, tmp_path: Path, monkeypatch: p
 
 def judge(monkeypatch: pytest.MonkeyPatch, *, passed: bool) -> None:
     verdict = Verdict(passed, ("Clean accuracy is what it is.",))
-    outcome = Outcome(3, "champion" if passed else "challenger", verdict)
+    outcome = PromotionResult(3, "champion" if passed else "challenger", verdict)
     monkeypatch.setattr(module, "promotion", lambda settings, paths: outcome)
 
 
@@ -107,7 +108,7 @@ def artifact(run: FlowRun) -> str:
 def test_every_stage_is_a_task_with_its_output_in_its_log(project: Path, logged: list[tuple[str, str]]) -> None:
     outcome = module.retrain()
 
-    assert outcome == Outcome(3, "champion", Verdict(True, ("Clean accuracy is what it is.",)))
+    assert outcome == PromotionResult(3, "champion", Verdict(True, ("Clean accuracy is what it is.",)))
     run, tasks = last_run()
     assert run.name.startswith("retrain 20")
     assert [(task.name, task.state and task.state.message) for task in tasks] == [
@@ -203,7 +204,7 @@ def test_the_champion_is_met_before_the_report_if_mlflow_answers(
     monkeypatch.setattr(champion_comparison, "compare", compare)
     monkeypatch.setattr(dvc, "reproduce", reproduce)
     monkeypatch.setattr(dvc, "order", lambda paths: ["evaluate", "report"])
-    monkeypatch.setattr(module, "compare", module.compare.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(module, "compare", prefect_tasks.compare.with_options(retry_delay_seconds=0))
 
     module.retrain()
 
@@ -225,7 +226,7 @@ def test_a_timeout_ends_the_stage_and_all_it_started(project: Path) -> None:
 
     @flow
     def impatient() -> None:
-        module.reproduce.with_options(timeout_seconds=8)("second")
+        prefect_tasks.reproduce.with_options(timeout_seconds=8)("second")
 
     with pytest.raises(TimeoutError):
         impatient()
