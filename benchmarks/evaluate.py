@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2r_core import attacks, checkpoint, evaluation, models, runtime
+from d2r_core import checkpoint, models, runtime
+from d2r_core.attacks import pgd as attacks
+from d2r_core.attacks import run as evaluation
 from d2r_core.data import Split, balanced_order, to_float
 from tasks.config.settings import load as load_settings
 from tasks.data import evaluation_images

@@ -54,7 +54,7 @@ def measurements(
     """The list, in its order. In miniature it takes the same ways with tiny models and few images."""
     size = ["--batch", "1", "--rounds", "1"] if miniature else ["--batch", "128", "--rounds", "5", "--compile"]
     steps = {
-        "GPU tests": ["tests/test_gpu.py"],
+        "GPU tests": ["tests/d2r_core/test_gpu.py"],
         "The step, PreActResNet-18": ["benchmarks/step.py", "--model", "preact_resnet18", *size],
     }
     if not miniature:

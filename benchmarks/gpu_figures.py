@@ -9,7 +9,7 @@ import gpu_recipe
 from gpu_recipe import Recipe
 
 from d2r_core.data import Split
-from d2r_core.statistics import wilson
+from d2r_core.evaluation.statistics import wilson
 
 GOAL = {"clean": 0.8571, "AutoAttack standard": 0.5248}  # the best published (PreAct)ResNet-18 without extra data
 

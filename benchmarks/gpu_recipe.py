@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from d2r_core import averaging, checkpoint, evaluation, files, models, runtime, training
+from d2r_core import checkpoint, files, models, runtime
+from d2r_core.attacks import run as evaluation
+from d2r_core.attacks.run import Attack
 from d2r_core.data import Split, content_hash
-from d2r_core.evaluation import Attack
 from d2r_core.interruption import Interrupted
-from d2r_core.objectives import D2R, Objective, Trades
+from d2r_core.training import trainer, weight_average
+from d2r_core.training.methods import D2R, Objective, Trades
 
 Stop = Callable[[], str | None]  # why to stop now, or None
 
@@ -43,7 +45,7 @@ class Recipe:
     steps: int = 10
     awp_gamma: float = 0.0
     awp_from_epoch: int = 11
-    average: averaging.Averaging = "none"
+    average: weight_average.Averaging = "none"
     seed: int = 0
     attack_steps: int = 20  # of PGD and CW, in the evaluation
     autoattack: Literal["quick", "standard"] = "standard"
@@ -56,11 +58,8 @@ EPS, STEP_SIZE = 8 / 255, 2 / 255  # of the evaluation; training has the publish
 
 def folder(state: Path, name: str, recipe: Recipe, data: Mapping[str, Split]) -> Path:
     """Where the recipe's state lies, named after all that it depends on: another one is never continued."""
-    code = hashlib.sha256()
-    core = sorted(Path(training.__file__).parent.rglob("*.py"))
-    for path in (*core, Path(__file__), Path(__file__).parents[1] / "tasks/evaluation/autoattack.py"):
-        code.update(path.read_bytes())
-    parts = [dataclasses.asdict(recipe), content_hash(data), code.hexdigest()]
+    code = files.code_fingerprint("d2r_core", "benchmarks/gpu_recipe.py", "tasks/evaluation/autoattack.py")
+    parts = [dataclasses.asdict(recipe), content_hash(data), code]
     return state / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
@@ -93,7 +92,7 @@ def train(
         print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), f"(epoch {epoch})", flush=True)
 
     where.mkdir(parents=True, exist_ok=True)
-    kept = training.fit(
+    kept = trainer.fit(
         objective,
         data["train"].to(device),
         data["validation"].to(device),

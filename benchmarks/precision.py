@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2r_core import data, evaluation, models, runtime, training
+from d2r_core import data, models, runtime
+from d2r_core.attacks import run as evaluation
 from d2r_core.data import Split
-from d2r_core.objectives import D2R, Attack
+from d2r_core.training import trainer
+from d2r_core.training.methods import D2R, Attack
 
 
 class Setting(NamedTuple):
@@ -77,7 +79,7 @@ def trained(problem: Problem, setting: Setting, train: Split, epochs: int, seed:
     objective = build(problem, train, seed, device)
     runtime.set_precision(setting.precision)
     runtime.compile_models(objective, compile=setting.compile, device=device)
-    training.fit(
+    trainer.fit(
         objective,
         train,
         train.take(torch.arange(problem.batch_size, device=device)),

@@ -14,9 +14,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from d2r_core import evaluation, models, runtime, training
+from d2r_core import models, runtime
+from d2r_core.attacks import run as evaluation
 from d2r_core.data import Split, balanced_order
-from d2r_core.objectives import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
+from d2r_core.training import trainer
+from d2r_core.training.methods import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
 
 CPU = torch.device("cpu")
 ATTACK: Attack = {"eps": 0.1, "step_size": 0.025, "steps": 5}
@@ -48,7 +50,7 @@ def accuracies(method: str, data: dict[str, Split], seed: int) -> list[float]:
     guidance = models.build("resnet18", num_classes=10, image_size=8, width=8)
     torch.manual_seed(seed + 100)
     model = models.build("wide_resnet", num_classes=10, image_size=8, depth=10, widen_factor=1)
-    kept = training.fit(
+    kept = trainer.fit(
         METHODS[method](model, guidance),
         data["train"],
         data["validation"],

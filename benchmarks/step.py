@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from d2r_core import cag, models, runtime
+from d2r_core import models, runtime
+from d2r_core.attacks import cag
 from d2r_core.models.winograd import Conv3x3
-from d2r_core.objectives import D2R, Attack
+from d2r_core.training.methods import D2R, Attack
 
 ATTACK: Attack = {"eps": 0.031, "step_size": 0.007, "steps": 10}
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # x, y, noise -> loss, adversarial images

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+CODE = Path(__file__).parents[1]  # the folder of d2r_core
+
 
 @contextmanager
 def atomic(path: Path, *, keep: Path | None = None) -> Iterator[Path]:
@@ -41,6 +43,18 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def code_fingerprint(*rooms: str) -> str:
+    """SHA-256 over the source of the project's folders and files of these names, such as "d2r_core/training"."""
+    digest = hashlib.sha256()
+    for room in rooms:
+        place = CODE / room
+        assert place.exists(), f"there is no {room}"
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{path.relative_to(CODE)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _umask() -> int:

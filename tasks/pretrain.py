@@ -1,8 +1,8 @@
 """Stage `pretrain`: the guidance model, by standard training; with 0 epochs it keeps its random weights."""
 
-from d2r_core import evaluation
-from d2r_core.objectives import Standard
-from d2r_core.training import Kept
+from d2r_core.attacks import run as evaluation
+from d2r_core.training.methods import Standard
+from d2r_core.training.trainer import Kept
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings

@@ -5,9 +5,10 @@ from functools import partial
 
 from torch import nn
 
-from d2r_core import checkpoint, evaluation, runtime
-from d2r_core.objectives import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
-from d2r_core.training import Kept
+from d2r_core import checkpoint, runtime
+from d2r_core.attacks import run as evaluation
+from d2r_core.training.methods import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
+from d2r_core.training.trainer import Kept
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from d2r_core import attacks, models, runtime
+from d2r_core import models, runtime
+from d2r_core.attacks import pgd as attacks
 from d2r_core.data import Split, to_float
 
 EPS = 0.15  # at which about half of the images fall

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
-from d2r_core.statistics import wilson
+from d2r_core.evaluation.statistics import wilson
 from tasks import report
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths

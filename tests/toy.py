@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2r_core import evaluation, models, runtime, training
+from d2r_core import models, runtime
+from d2r_core.attacks import run as evaluation
 from d2r_core.data import Split
-from d2r_core.objectives import D2R, Attack, Objective
+from d2r_core.training import trainer
+from d2r_core.training.methods import D2R, Attack, Objective
 
 CPU = torch.device("cpu")
 ATTACK: Attack = {"eps": 0.1, "step_size": 0.025, "steps": 5}
@@ -37,7 +39,7 @@ def d2r(seed: int = 0, **changes: Any) -> D2R:
 
 def fit(
     objective: Objective, train: Split | None = None, validation: Split | None = None, **changes: Any
-) -> tuple[training.Kept, list[Mapping[str, float]]]:
+) -> tuple[trainer.Kept, list[Mapping[str, float]]]:
     """Train on the toy or on other splits; returns what was kept and what was logged for each epoch."""
     logged: list[Mapping[str, float]] = []
     arguments: dict[str, Any] = {
@@ -54,7 +56,7 @@ def fit(
         "criteria": {"clean_accuracy": evaluation.clean(), "robust_accuracy": evaluation.pgd(**ATTACK)},
         "log": lambda metrics, epoch: logged.append({"epoch": epoch, **metrics}),
     }
-    return training.fit(objective, train or split(0), validation or split(1, 64), **{**arguments, **changes}), logged
+    return trainer.fit(objective, train or split(0), validation or split(1, 64), **{**arguments, **changes}), logged
 
 
 def train_to_file(state_folder: Path, result: Path) -> None:

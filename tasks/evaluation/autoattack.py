@@ -18,11 +18,11 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from d2r_core import norms
-from d2r_core.attacks import under_attack
-from d2r_core.evaluation import Attack, Noise
-from d2r_core.losses import full
-from d2r_core.norms import Norm
+from d2r_core.attacks import norms
+from d2r_core.attacks.norms import Norm
+from d2r_core.attacks.pgd import under_attack
+from d2r_core.attacks.run import Attack, Noise
+from d2r_core.training.losses import full
 
 Level = Literal["quick", "standard"]
 

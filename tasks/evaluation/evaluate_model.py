@@ -8,10 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from d2r_core import distributed, evaluation, runtime
-from d2r_core.curves import counts
+from d2r_core import distributed, runtime
+from d2r_core.attacks import run as evaluation
+from d2r_core.attacks.run import Attack, Outcome
 from d2r_core.data import Split, balanced_order
-from d2r_core.evaluation import Attack, Outcome
+from d2r_core.evaluation.curves import counts
 from tasks.config.settings import Evaluate
 from tasks.evaluation.progress import Progress, Step
 

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2r_core import checks, curves, evaluation, files, runtime
-from d2r_core.attacks import under_attack
-from d2r_core.curves import EpsCurve, StepsCurve
+from d2r_core import files, runtime
+from d2r_core.attacks import run as evaluation
+from d2r_core.attacks.pgd import under_attack
 from d2r_core.data import Split, balanced_order, to_float
+from d2r_core.evaluation import curves, self_checks
+from d2r_core.evaluation.curves import EpsCurve, StepsCurve
 from d2r_core.interruption import Interrupted
 from tasks.config.settings import Evaluate
 from tasks.evaluation.evaluate_model import Measurement, measure
@@ -57,9 +59,7 @@ class Conditions:
 
     def kept(self, subject: Subject) -> Path:
         """The folder of a model's finished batches, named after everything that they depend on."""
-        tasks = (Path(__file__).with_name(f"{name}.py") for name in ("autoattack", "evaluate_models", "evaluate_model"))
-        modules = [*Path(evaluation.__file__).parent.rglob("*.py"), *tasks]
-        code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(modules))).hexdigest()
+        code = files.code_fingerprint("d2r_core", "tasks/evaluation")
         device = next(subject.model.parameters()).device.type
         versions = [version(package) for package in ("torch", "pyautoattack")]
         settings = self.settings.model_dump(mode="json")
@@ -186,7 +186,7 @@ def _checks(
 
     settings = conditions.settings
     examples = examined.measured.examples
-    found = checks.examine(
+    found = self_checks.examine(
         subjects[name].model,
         part,
         eps_curve=examined.against_eps,

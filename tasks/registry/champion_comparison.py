@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from d2r_core import files
-from d2r_core.statistics import paired_bootstrap
+from d2r_core.evaluation.statistics import paired_bootstrap
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import versions

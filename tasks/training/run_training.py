@@ -12,14 +12,25 @@ import pandas as pd
 import torch
 from torch import nn
 
-from d2r_core import checkpoint, distributed, files, models, runtime, training
+from d2r_core import checkpoint, distributed, files, models, runtime
+from d2r_core.attacks.run import Attack
 from d2r_core.data import load_split
-from d2r_core.evaluation import Attack
-from d2r_core.objectives import Objective
+from d2r_core.training import trainer
+from d2r_core.training.methods import Objective
 from tasks.config.paths import Paths
 from tasks.config.settings import Optimisation, Settings, Train
 from tasks.tracking import lineage, runs
 from tasks.training.metrics_log import Progress
+
+# The code that can change a training's result.
+_ROOMS = (
+    "d2r_core/attacks",
+    "d2r_core/models",
+    "d2r_core/training",
+    "d2r_core/data.py",
+    "d2r_core/distributed.py",
+    "d2r_core/runtime.py",
+)
 
 
 def fit_and_save(
@@ -36,7 +47,7 @@ def fit_and_save(
     weights: Path,
     history: Path,
     inputs: str = "",
-) -> training.Kept:
+) -> trainer.Kept:
     """Build the model of `architecture`, train it in the `objective` made around it, write checkpoint and history.
 
     Nothing is written before training has ended well but its state, from which the same call continues. Under
@@ -61,7 +72,7 @@ def fit_and_save(
         first = distributed.rank() == 0
         progress = Progress(stage, epochs, state_folder / "metrics.jsonl", show=first)
         with runs.training_run(settings, paths, stage, progress.path) if first else runs.silent() as run:
-            kept = training.fit(
+            kept = trainer.fit(
                 trained,
                 train,
                 validation,
@@ -124,8 +135,6 @@ def _options(section: Train) -> dict[str, Any]:
 
 def _key(settings: Settings, section: Optimisation, seed: int, data_hash: str, inputs: str) -> str:
     """Names everything that a training depends on: a state of other settings, data or code is never continued."""
-    code = hashlib.sha256()
-    for path in sorted(Path(training.__file__).parent.rglob("*.py")):
-        code.update(path.read_bytes())
-    parts = [section.model_dump(mode="json"), seed, data_hash, inputs, settings.runtime.precision, code.hexdigest()]
+    code = files.code_fingerprint(*_ROOMS)
+    parts = [section.model_dump(mode="json"), seed, data_hash, inputs, settings.runtime.precision, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

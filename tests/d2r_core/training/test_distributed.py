@@ -1,0 +1,100 @@
+"""Two real processes under torchrun, gloo on the CPU."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from d2r_core import checkpoint, models
+from tasks import prepare
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
+
+HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes in `folder`."""
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"),
+            *("--rdzv-endpoint=127.0.0.1:0", *arguments),
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def work(job: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A job of distributed_worker.py."""
+    return torchrun(folder, *options, str(HERE / "distributed_worker.py"), job, str(folder))
+
+
+def results(folder: Path, name: str) -> list[Any]:
+    return [torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_gradients_are_the_mean_of_the_shards(tmp_path: Path) -> None:
+    done = work("gradients", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (alone0, together0), (alone1, together1) = results(tmp_path, "gradients")
+    assert any((first - second).abs().max() > 1e-3 for first, second in zip(alone0, alone1, strict=True))
+    for first, second, mean0, mean1 in zip(alone0, alone1, together0, together1, strict=True):
+        assert torch.equal(mean0, mean1)
+        torch.testing.assert_close(mean0, (first + second) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(tmp_path: Path) -> None:
+    whole = work("train", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    (weights0, kept, logged), (weights1, kept1, logged1) = results(tmp_path / "whole", "trained")
+    assert [row["epoch"] for row in logged] == [1, 2, 3]
+    assert logged1 == [], "rank 0 alone logs"
+    for name, tensor in weights0.items():
+        if "running" not in name:  # BatchNorm's statistics are each rank's own between two validations
+            assert torch.equal(tensor, weights1[name]), name
+    assert all(torch.equal(kept[name], kept1[name]) for name in kept)
+
+    killed = work("dies", tmp_path / "killed", "--max-restarts=0")
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr
+    restarted = work("dies", tmp_path / "restarted", "--max-restarts=1")
+    assert restarted.returncode == 0, restarted.stderr
+    assert "SIGKILL" in restarted.stderr or "exitcode: -9" in restarted.stderr
+    (again0, resumed, logged), (again1, _, _) = results(tmp_path / "restarted", "trained")
+    assert [row["epoch"] for row in logged] == [2, 3], "the epochs after the one whose state was found"
+    assert all(torch.equal(kept[name], resumed[name]) for name in kept)
+    for undisturbed, again in ((weights0, again0), (weights1, again1)):
+        assert all(torch.equal(tensor, again[name]) for name, tensor in undisturbed.items())
+
+
+def test_a_stage_under_torchrun_writes_what_one_process_would(
+    tmp_path: Path, tiny_values: dict[str, Any], tiny_settings: Callable[..., Settings]
+) -> None:
+    paths, settings = Paths(tmp_path), tiny_settings()
+    paths.params.write_text(yaml.safe_dump(tiny_values), encoding="utf-8")
+    manifest = prepare.run(settings, paths)
+    shape = {"num_classes": len(manifest["classes"]), "image_size": manifest["image_size"]}
+    architecture = {**settings.pretrain.architecture.model_dump(), **shape}
+    checkpoint.save(paths.guidance, models.build(**architecture), {"architecture": architecture})
+    done = torchrun(tmp_path, "-m", "tasks.train")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train: kept epoch 1 of 1") == 1
+    assert sorted(path.name for path in paths.target.parent.iterdir()) == [
+        *("guidance.json", "guidance.safetensors", "target.json", "target.safetensors"),
+    ]
+    assert len(paths.train_history.read_text(encoding="utf-8").splitlines()) == 2  # head and epoch
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select name, status from runs").fetchall() == [("train digits", "FINISHED")]

@@ -1,0 +1,151 @@
+"""`d2r evaluate`: any checkpoint, in whatever it is wrapped, or one message that says what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import digits
+import pandas as pd
+import pyautoattack
+import pytest
+import torch
+from conftest import SHARED
+from typer.testing import CliRunner
+
+from d2r_core import checkpoint, models
+from d2r_core.attacks import run as evaluation
+from d2r_core.data import Split, save_split
+from d2r_core.errors import UserError
+from flows.cli import app
+from tasks.config.settings import Settings
+from tasks.data import evaluation_images
+
+ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
+OPTIONS = ["--architecture", "wide_resnet", "--depth", "10", "--widen-factor", "1"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_settings: Callable[..., Settings]) -> Path:
+    """A folder with a params.yaml and ten test images."""
+    settings = tiny_settings(evaluate={"eps": digits.EPS, "step_size": 0.05, "check_images": 4})
+    (tmp_path / "params.yaml").write_text(json.dumps(settings.model_dump(mode="json", by_alias=True)))
+    save_split(tmp_path / "ten.safetensors", digits.unseen(10))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def evaluate(*arguments: str, data: str = "ten.safetensors") -> Any:
+    return CliRunner().invoke(app, ["evaluate", "--data", data, "--classes", "10", *arguments])
+
+
+def attacks(out: str) -> Any:
+    return json.loads(Path(out, "robustness.json").read_text())["models"]["target"]["attacks"]
+
+
+def test_a_published_checkpoint_and_our_own_give_the_same_figures(folder: Path) -> None:
+    checkpoint.save(folder / "ours.safetensors", digits.model(), {"architecture": ARCHITECTURE})
+    state = {f"module.{name}": tensor for name, tensor in digits.state().items()}
+    state["module.sub_block1.layer.0.bn1.weight"] = torch.ones(3)
+    torch.save({"state_dict": state, "epoch": 3}, "theirs.pt")
+
+    ours = evaluate("--checkpoint", "ours.safetensors", "--out", "a", "--eps", "1/5", "--steps", "3")
+    assert ours.exit_code == 0, ours.exception
+    assert "PGD-3" in ours.stdout
+    assert "Gradients are neither zero nor NaN" in ours.stdout
+    theirs = evaluate("--checkpoint", "theirs.pt", *OPTIONS, "--out", "b", "--eps", "0.2", "--steps", "3")
+    assert theirs.exit_code == 0, theirs.exception
+    assert attacks("a") == attacks("b")
+    pgd = attacks("a")["pgd"]
+    assert (pgd["eps"], pgd["steps"], pgd["images"]) == (0.2, 3, 10)
+    assert pgd["step_size"] == pytest.approx(0.05 * 0.2 / digits.EPS)
+    outcome = evaluation.run(digits.model(), digits.unseen(10), evaluation.clean(), batch_size=10, seed=0)
+    rows = pd.read_parquet("a/examples.parquet")
+    assert rows[rows["attack"] == "clean"]["prediction"].tolist() == outcome.predictions.tolist()
+    assert "3 steps of 0.06667" in Path("a/report.html").read_text()
+    assert not list((folder / "state").iterdir())
+
+
+def save_wrong_files() -> None:
+    torch.save(digits.state(), "right.pt")
+    torch.save(models.build("wide_resnet", num_classes=7, image_size=8, depth=10, widen_factor=1).state_dict(), "7.pt")
+    torch.save({"state_dict": digits.state(), "made_by": Path("x")}, "pickle.pt")
+    torch.save({"epoch": 3}, "empty.pt")
+    Path("text.pt").write_text("weights")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.pt", *OPTIONS], r"absent\.pt: there is no such file"),
+        (["text.pt", *OPTIONS], r"text\.pt: cannot be read as weights \(it is no checkpoint\)"),
+        (["empty.pt", *OPTIONS], r"empty\.pt: holds no weights"),
+        (["pickle.pt", *OPTIONS], r"it is a pickle that asks for pathlib\.\w+, and code from a file is never run"),
+        (["7.pt", *OPTIONS], r"7\.pt: tells 7 classes apart, not 10 as the data has"),
+        (["right.pt", "--architecture", "preact_resnet18"], r"does not fit PreActResNet18: it lacks layer1\.0"),
+        (["right.pt"], r"right\.pt: has no JSON beside it, so its architecture must be given: --architecture"),
+        (["right.pt", "--architecture", "wide_resnet"], r"wide_resnet needs --depth and --widen-factor"),
+        (["right.pt", *OPTIONS, "--width", "16"], r"wide_resnet has no --width"),
+        (["right.pt", *OPTIONS[:2], "--depth", "12", "--widen-factor", "1"], r"--depth 12: allowed are 10, 16, 22"),
+        (["right.pt", *OPTIONS, "--strides", "1,2"], r"--strides 1,2: write four numbers"),
+        (["right.pt", *OPTIONS, "--norm", "L2"], r"--norm L2: evaluate\.eps is a radius in Linf\. Give --eps too"),
+        (["right.pt", *OPTIONS, "--steps", "0"], r"the options: evaluate\.steps is 0; input should be greater"),
+        (["models:/digits", *OPTIONS], r"models:/digits: write models:/NAME@champion"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments: list[str], message: str) -> None:
+    save_wrong_files()
+    refused = evaluate("--checkpoint", *arguments)
+    assert isinstance(refused.exception, UserError), refused.exception
+    with pytest.raises(UserError, match=message):
+        raise refused.exception
+
+
+def test_data_may_be_raw_images_of_a_test_split_alone(folder: Path) -> None:
+    from PIL import Image
+
+    with ZipFile("raw.zip", "w") as packed:
+        for number, (image, label) in enumerate(zip(*digits.unseen(30), strict=True)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save("image.png")
+            packed.write("image.png", f"test/{label}/{number:03}.png")
+    settings: Any = None  # of no use to an image folder
+    found = evaluation_images.load(folder / "raw.zip", settings, "image_folder")
+    assert found.classes == [str(label) for label in range(10)]
+    order = digits.unseen(30).labels.argsort(stable=True)
+    expected = digits.unseen(30).take(order)
+    assert torch.equal(found.split.labels, expected.labels)
+    assert torch.equal(found.split.images, expected.images)
+    refused = evaluate("--checkpoint", "right.pt", *OPTIONS, data="raw.zip")
+    assert "For raw images say what they are: --source image_folder" in str(refused.exception)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the CIFAR-10 test images are not here (../shared/data)")
+def test_the_known_answer_of_a_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyautoattack's own example is an unprotected ResNet-18: 94.22 % clean on all 10,000 images, 0 % under PGD-20."""
+    model = models.build("resnet18", num_classes=10, image_size=32, strides=(1, 2, 2, 2))
+    models.load_weights(model, Path(pyautoattack.__file__).parent / "examples/model_test.pt")
+    split = cifar10(every=100)
+    clean, pgd = (
+        evaluation.run(model, split, attack, batch_size=50, seed=0).correct(split.labels)
+        for attack in (evaluation.clean(), evaluation.pgd(8 / 255, 2 / 255, 20))
+    )
+    assert len(split) == 100
+    assert clean.sum() == 94
+    assert pgd.sum() == 0
+
+
+def cifar10(every: int) -> Split:
+    """Each n-th test image, in the order of the names."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    with ZipFile(SHARED / "cifar10-test.zip") as packed:
+        names = sorted(name for name in packed.namelist() if name.endswith(".webp"))
+        classes = sorted({name.split("/")[1] for name in names})
+        chosen = names[::every]
+        images = [np.asarray(Image.open(io.BytesIO(packed.read(name))).convert("RGB")) for name in chosen]
+    labels = torch.tensor([classes.index(name.split("/")[1]) for name in chosen])
+    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels)

@@ -1,0 +1,239 @@
+"""The target beside the champion, whose answers come out of a real sqlite store."""
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from d2r_core.evaluation.statistics import paired_bootstrap
+from tasks.config.paths import Paths
+from tasks.config.settings import Settings
+from tasks.registry import champion_comparison, versions
+from tasks.tracking import runs
+
+IMAGES = 40
+NAME = "digits"
+ATTACKS = {"clean": ("clean", IMAGES), "pgd": ("PGD-2", IMAGES), "autoattack": ("APGD-CE (quick)", 10)}
+RIGHT = {"clean": 36, "pgd": 20, "autoattack": 6}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the database, which every test uses under a model name of its own."""
+    return tmp_path_factory.mktemp("store")
+
+
+class Project:
+    """A checkout with a target's answers; its registry is real."""
+
+    def __init__(self, settings: Settings, paths: Paths) -> None:
+        self.settings, self.paths = settings, paths
+
+    def evaluate(self, weights: str, *, seed: int = 0, data: str = "data", evaluation: str = "evaluation") -> None:
+        """Write what the stage `evaluate` would of a target with these weights, whose answers are drawn with `seed`."""
+        generator = np.random.default_rng(seed)
+        frames = []
+        for model in ("guidance", "target"):
+            for attack, (_, images) in ATTACKS.items():
+                right = generator.permutation(np.arange(images) < RIGHT[attack])
+                rows = {"model": model, "attack": attack, "index": np.arange(images) * (IMAGES // images)}
+                frames.append(pd.DataFrame({**rows, "correct": right}))
+        # In another order: images belong together by their number.
+        examples = pd.concat(frames, ignore_index=True).sample(frac=1, random_state=seed)
+        figures = {attack: {"name": name} for attack, (name, _) in ATTACKS.items()} | {"worst": {"name": "worst"}}
+        content = {
+            "data": {"hash": data, "test_images": IMAGES},
+            "seed": 7,
+            "settings_hash": evaluation,
+            "models": {"target": {"weights_sha256": weights, "attacks": figures}},
+        }
+        self.paths.reports.mkdir(exist_ok=True)
+        self.paths.robustness.write_text(json.dumps(content))
+        examples.to_parquet(self.paths.examples)
+
+    def right(self, attack: str) -> "pd.Series[bool]":
+        """What the target got right, by image, in the order of their numbers."""
+        examples = pd.read_parquet(self.paths.examples)
+        rows = examples[(examples["model"] == "target") & (examples["attack"] == attack)]
+        return rows.set_index("index")["correct"].sort_index()
+
+    def crown(self, weights: str, *, files: bool = True) -> int:
+        """Make the evaluated target champion."""
+        runs.configure(self.settings, self.paths)
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name("tests")
+        assert experiment is not None
+        run_id = client.create_run(experiment.experiment_id).info.run_id
+        for path in (self.paths.robustness, self.paths.examples) if files else ():
+            client.log_artifact(run_id, str(path))
+        name = self.settings.promote.model_name
+        if versions.champion(self.settings, self.paths) is None:
+            client.create_registered_model(name)
+        version = client.create_model_version(name, "nowhere", run_id, tags={"weights_sha256": weights})
+        client.set_registered_model_alias(name, "champion", version.version)
+        return int(version.version)
+
+    def compare(self) -> str:
+        return champion_comparison.compare(self.settings, self.paths)
+
+    def written(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self.paths.comparison.read_text(encoding="utf-8"))
+        return content
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path,
+    store: Path,
+    tiny_settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Project:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    settings = tiny_settings(
+        tracking={"uri": f"sqlite:///{store}/mlflow.db", "experiment": "tests"},
+        promote={"model_name": f"{NAME} {request.node.name}"},
+    )
+    return Project(settings, Paths(tmp_path))
+
+
+def test_images_are_compared_one_by_one(project: Project) -> None:
+    project.evaluate("champion", seed=1)
+    champion = {attack: project.right(attack) for attack in ATTACKS}
+    version = project.crown("champion")
+    project.evaluate("challenger", seed=2)
+    challenger = {attack: project.right(attack) for attack in ATTACKS}
+
+    said = project.compare()
+
+    found = project.written()
+    attacks = found.pop("attacks")
+    assert found == {
+        "champion": {"version": version, "weights_sha256": "champion"},
+        "challenger": {"weights_sha256": "challenger"},
+        "data_hash": "data",
+        "evaluation_hash": "evaluation",
+    }
+    assert list(attacks) == ["clean", "pgd", "autoattack", "worst"]
+    for answers in (champion, challenger):  # AutoAttack met a subset only
+        answers["worst"] = answers["clean"] & answers["pgd"]
+    for key, figures in attacks.items():
+        ours, theirs = challenger[key], champion[key]
+        interval = paired_bootstrap(torch.tensor(ours.to_numpy()), torch.tensor(theirs.to_numpy()), seed=7)
+        assert figures == {
+            "name": "worst" if key == "worst" else ATTACKS[key][0],
+            "images": len(ours),
+            "challenger": ours.mean(),
+            "champion": theirs.mean(),
+            "difference": pytest.approx(ours.mean() - theirs.mean()),
+            "interval": list(interval),
+            "only_challenger": (ours & ~theirs).sum(),
+            "only_champion": (theirs & ~ours).sum(),
+        }
+        assert figures["only_challenger"] > 0, "the answers were to differ"
+        assert figures["only_champion"] > 0, "the answers were to differ"
+    worst = attacks["worst"]
+    assert said == (
+        f"Worst case {worst['challenger']:.2%}, the champion's (version {version}) {worst['champion']:.2%}; "
+        f"95 % interval of the difference: {worst['interval'][0]:+.2%} to {worst['interval'][1]:+.2%}."
+    )
+
+    before = project.paths.comparison.read_bytes()
+    project.compare()
+    assert project.paths.comparison.read_bytes() == before
+
+
+def test_without_a_champion_there_is_no_file(project: Project) -> None:
+    project.evaluate("first")
+
+    assert project.compare() == "There is no champion to compare with."
+
+    assert project.paths.comparison.parent.is_dir(), "the stage `report` depends on it"
+    assert not project.paths.comparison.exists()
+    # Nor does one stay when the champion is taken away.
+    project.crown("first")
+    project.evaluate("second")
+    project.compare()
+    assert project.paths.comparison.exists()
+    mlflow.MlflowClient().delete_registered_model_alias(project.settings.promote.model_name, "champion")
+    project.compare()
+    assert not project.paths.comparison.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "files", "reason"),
+    [
+        ({"data": "other"}, True, "The figures of version 1 were measured on other data."),
+        (
+            {"evaluation": "other"},
+            True,
+            "The figures of version 1 were measured with another seed or other `evaluate` settings.",
+        ),
+        ({}, False, "What version 1 said of each image is not in its run."),
+    ],
+    ids=["data", "evaluation", "files"],
+)
+def test_what_cannot_be_compared_has_a_reason_and_no_figures(
+    project: Project, changes: dict[str, Any], files: bool, reason: str
+) -> None:
+    project.evaluate("champion", **changes)
+    project.crown("champion", files=files)
+    project.evaluate("challenger")
+
+    assert project.compare() == f"Not compared image by image: {reason}"
+
+    assert project.written() == {
+        "champion": {"version": 1, "weights_sha256": "champion"},
+        "challenger": {"weights_sha256": "challenger"},
+        "data_hash": "data",
+        "evaluation_hash": "evaluation",
+        "reason": reason,
+    }
+
+
+def test_a_promoted_challenger_keeps_its_comparison(project: Project) -> None:
+    """Else the report would be out of date as soon as its model is promoted."""
+    project.evaluate("champion", seed=1)
+    project.crown("champion")
+    project.evaluate("challenger", seed=2)
+    project.compare()
+    before = project.paths.comparison.read_bytes()
+    project.crown("challenger")
+
+    assert project.compare() == "The champion, version 2, is this very model."
+
+    assert project.paths.comparison.read_bytes() == before
+    # Measured otherwise, it is the same model still, and the file is about other figures.
+    project.evaluate("challenger", seed=2, evaluation="other")
+    project.compare()
+    assert not project.paths.comparison.exists()
+
+
+def test_a_server_that_is_away_leaves_no_file_about_another_target(project: Project) -> None:
+    project.evaluate("champion", seed=1)
+    project.crown("champion")
+    project.evaluate("challenger", seed=2)
+    project.compare()
+    before = project.paths.comparison.read_bytes()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        away = project.settings.tracking.model_copy(update={"uri": uri})
+        project.settings = project.settings.model_copy(update={"tracking": away})
+
+        with pytest.raises(runs.UnavailableError):
+            project.compare()
+        assert project.paths.comparison.read_bytes() == before
+
+        project.evaluate("another", seed=3)
+        with pytest.raises(runs.UnavailableError):
+            project.compare()
+        assert not project.paths.comparison.exists()
