@@ -34,7 +34,7 @@ def run(programs: Mapping[str, list[str]], where: Path, stop: Stop) -> None:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

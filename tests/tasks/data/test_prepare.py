@@ -299,8 +299,9 @@ def test_memory_is_bounded_and_the_stage_needs_no_torch(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 from pathlib import Path
-from tasks import prepare, settings
-from tasks.paths import Paths
+from tasks import prepare
+from tasks.config import settings
+from tasks.config.paths import Paths
 
 chosen = settings.parse({values!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
