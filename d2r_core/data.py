@@ -123,7 +123,7 @@ def load_batch(
     A split that is not on the device is streamed: gathered from the file's pages into pinned memory, and copied from
     there while the host goes on.
     """
-    streamed = split.labels.device != device
+    streamed = split.labels.device.type != device.type  # a plain "cuda" names the GPU "cuda:0" as well
     index = index.to(split.labels.device)
 
     def gathered(tensor: Tensor) -> Tensor:

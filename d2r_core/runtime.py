@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2r_core.errors import UserError
 
@@ -36,8 +36,13 @@ def set_precision(precision: Precision) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The networks' passes in bf16 where `precision` says so; losses and images stay fp32 (see losses.full)."""
+    """The networks' passes in bf16 where `precision` says so; losses and images stay fp32 (see at_least_fp32)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """Half-precision logits as fp32; others as they are."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def compile_models(objective: nn.Module, *, compile: Compile, device: torch.device) -> None:

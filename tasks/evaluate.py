@@ -8,9 +8,9 @@ from d2r_core.data import load_split
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.data.manifest import read_manifest
 from tasks.evaluation import evaluate_models
 from tasks.evaluation.evaluate_models import Conditions, Subject
-from tasks.tracking import lineage
 
 _PATIENCE = timedelta(days=1)  # of a process whose own batches are done: one of AutoAttack takes hours on a CPU
 
@@ -20,7 +20,7 @@ def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
 
     Run again after an interruption, it continues. Under torchrun every process takes its share; the first one writes.
     """
-    manifest = lineage.manifest(paths)
+    manifest = read_manifest(paths)
     device = runtime.device(settings.runtime.device)
     conditions = Conditions(
         test=load_split(paths.prepared / "test.safetensors"),

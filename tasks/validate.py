@@ -14,7 +14,7 @@ from d2r_core.files import write_text
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.tracking import lineage
+from tasks.data.manifest import read_manifest
 from tasks.validation import data_report, drift, great_expectations_runner, suite, tables
 from tasks.validation.great_expectations_runner import Finding
 
@@ -28,7 +28,7 @@ def run(settings: Settings, paths: Paths) -> list[Finding]:
         UserError: the data cannot be read, or a finding is so severe that it stops the chain (validate.stop_on); the
             reports are written in the second case.
     """
-    manifest = lineage.manifest(paths)
+    manifest = read_manifest(paths)
     splits = {name: load_split(paths.prepared / f"{name}.safetensors") for name in manifest["splits"]}
     quarantine = _quarantine(paths)
     images = tables.images(splits, manifest["classes"], _names(splits, paths))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from d2r_core.attacks.pgd import ascend, under_attack
-from d2r_core.training.losses import full
+from d2r_core.runtime import at_least_fp32
 
 _START_SCALE = 0.001  # of the normal noise at the start, as published
 
@@ -37,10 +37,10 @@ def generate(
         noise = torch.randn_like(x)
     with under_attack(target, guidance):
         with torch.no_grad():
-            wanted = full(guidance(x)).softmax(1)
+            wanted = at_least_fp32(guidance(x)).softmax(1)
 
         def divergence(x_adv: Tensor) -> Tensor:
             # The divergence's other term, wanted * log(wanted + 1e-5), is constant in x'.
-            return -(wanted * full(target(x_adv)).log_softmax(1)).sum()
+            return -(wanted * at_least_fp32(target(x_adv)).log_softmax(1)).sum()
 
         return ascend(divergence, x + _START_SCALE * noise, x, eps=eps, step_size=step_size, steps=steps)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d2r_core.attacks import norms
 from d2r_core.attacks.norms import Norm
-from d2r_core.training.losses import full
+from d2r_core.runtime import at_least_fp32
 
 Loss = Callable[[Tensor], Tensor]  # of the candidate images, to a scalar that the attack makes large
 
@@ -86,7 +86,7 @@ def pgd(
     objective = _objective(loss)
     with under_attack(model):
         return ascend(
-            lambda x_adv: objective(full(model(x_adv)), y), start, x, eps=eps, step_size=step_size, steps=steps
+            lambda x_adv: objective(at_least_fp32(model(x_adv)), y), start, x, eps=eps, step_size=step_size, steps=steps
         )
 
 
@@ -128,7 +128,7 @@ def search(
                 last = step == steps
                 x_adv = x_adv.detach().requires_grad_(not last)
                 with torch.set_grad_enabled(not last):
-                    logits = full(model(x_adv))
+                    logits = at_least_fp32(model(x_adv))
                     gradient = x_adv if last else torch.autograd.grad(objective(logits, labels), x_adv)[0]
                 x_adv = x_adv.detach()
                 right = logits.argmax(1) == labels

@@ -15,8 +15,7 @@ from d2r_core.attacks import norms
 from d2r_core.attacks import pgd as attacks
 from d2r_core.attacks.norms import Norm
 from d2r_core.data import Split, to_float
-from d2r_core.runtime import Precision
-from d2r_core.training.losses import full
+from d2r_core.runtime import Precision, at_least_fp32
 
 # Restart number, from 0 -> uniform draw in [-1, 1] of the batch's shape, each image's from the seed and its own number.
 Noise = Callable[[int], Tensor]
@@ -130,7 +129,7 @@ def run(
         for index, x_adv in _batches(model, split, attack, batch_size, seed, numbers, folder, share):
             x, labels = _on(device, split, index)
             with torch.no_grad():
-                logits = full(model(x_adv))
+                logits = at_least_fp32(model(x_adv))
             outcome.predictions[index] = logits.argmax(1)
             outcome.margins[index] = attacks.margin(logits, labels).float()
             outcome.distances[index] = norms.size(x_adv.double() - x.double(), norm)

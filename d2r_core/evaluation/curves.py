@@ -15,7 +15,7 @@ from d2r_core.attacks.pgd import under_attack
 from d2r_core.attacks.run import Attack, Noise
 from d2r_core.data import Split
 from d2r_core.evaluation.statistics import wilson
-from d2r_core.training.losses import full
+from d2r_core.runtime import at_least_fp32
 
 _FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of the evaluation's eps; from there it doubles
 _STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -117,7 +117,7 @@ def last_iterate(eps: float, step_size: float, steps: int, norm: Norm = "Linf") 
             for _ in range(steps):
                 x_adv.requires_grad_()
                 with torch.enable_grad():
-                    loss = F.cross_entropy(full(model(x_adv)), y, reduction="sum")
+                    loss = F.cross_entropy(at_least_fp32(model(x_adv)), y, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, x_adv)
                 delta = x_adv.detach() + norms.steepest(gradient, step_size, norm) - x
                 x_adv = (x + norms.project(delta, eps, norm)).clamp(0.0, 1.0)

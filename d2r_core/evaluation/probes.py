@@ -11,7 +11,7 @@ from d2r_core.attacks.norms import Norm
 from d2r_core.attacks.run import Attack, Noise
 from d2r_core.data import Split, to_float
 from d2r_core.evaluation.curves import last_iterate
-from d2r_core.training.losses import full
+from d2r_core.runtime import at_least_fp32
 
 
 def crafted_on(other: nn.Module, eps: float, step_size: float, steps: int, norm: Norm) -> Attack:
@@ -39,7 +39,9 @@ def logits(model: nn.Module, split: Split, batch_size: int) -> Tensor:
     """float32 (N, C), on the CPU."""
     device = next(model.parameters()).device
     with torch.no_grad(), runtime.eager(runtime.is_compiled(model)):
-        batches = [full(model(to_float(images.to(device)))).float().cpu() for images in split.images.split(batch_size)]
+        batches = [
+            at_least_fp32(model(to_float(images.to(device)))).float().cpu() for images in split.images.split(batch_size)
+        ]
     return torch.cat(batches)
 
 
@@ -61,6 +63,6 @@ def gradient_sizes(
 def _largest_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     with torch.enable_grad(), runtime.eager(runtime.is_compiled(model)):
-        loss = F.cross_entropy(full(model(x)), labels, reduction="sum")
+        loss = F.cross_entropy(at_least_fp32(model(x)), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, x)
     return gradient.abs().flatten(1).amax(1)

@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2r_core.runtime import at_least_fp32
+
 _SMOOTHING = 1e-5  # inside the first logarithm only, as published
-
-
-def full(logits: Tensor) -> Tensor:
-    """Half-precision logits as fp32; others as they are."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -42,7 +39,7 @@ def d2r(
         guidance's (MSE); `clean` and `adv`: the weighted divergences of the clean and of the adversarial distribution
         from the guidance's.
     """
-    a, n, t = full(adv_logits), full(clean_logits), full(guidance_logits)
+    a, n, t = at_least_fp32(adv_logits), at_least_fp32(clean_logits), at_least_fp32(guidance_logits)
     return _summed(
         ce=F.cross_entropy(t, labels, label_smoothing=label_smoothing),
         logit=F.mse_loss(a, t),
@@ -61,7 +58,7 @@ def lbgat(
     label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """Learnable boundary guided adversarial training (Cui et al. 2021): D2R's forerunner, with TRADES' term at beta."""
-    a, n, t = full(adv_logits), full(clean_logits), full(guidance_logits)
+    a, n, t = at_least_fp32(adv_logits), at_least_fp32(clean_logits), at_least_fp32(guidance_logits)
     return _summed(
         ce=F.cross_entropy(t, labels, label_smoothing=label_smoothing),
         logit=F.mse_loss(a, t),
@@ -73,13 +70,13 @@ def trades(
     adv_logits: Tensor, clean_logits: Tensor, labels: Tensor, *, beta: float = 6.0, label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
     """TRADES (Zhang et al. 2019): clean cross-entropy and beta times the divergence that the attack makes."""
-    a, n = full(adv_logits), full(clean_logits)
+    a, n = at_least_fp32(adv_logits), at_least_fp32(clean_logits)
     return _summed(ce=F.cross_entropy(n, labels, label_smoothing=label_smoothing), robust=beta * _batch_kl(n, a))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
     """On adversarial images adversarial training (Madry et al. 2018), on clean ones standard training."""
-    return _summed(ce=F.cross_entropy(full(logits), labels, label_smoothing=label_smoothing))
+    return _summed(ce=F.cross_entropy(at_least_fp32(logits), labels, label_smoothing=label_smoothing))
 
 
 def _batch_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from d2r_core.attacks import norms
 from d2r_core.attacks.norms import Norm
 from d2r_core.attacks.pgd import under_attack
 from d2r_core.attacks.run import Attack, Noise
-from d2r_core.training.losses import full
+from d2r_core.runtime import at_least_fp32
 
 Level = Literal["quick", "standard"]
 
@@ -92,7 +92,7 @@ class _Asked(nn.Module):
             return self.logits.clone()
         whole = len(self.standing) == len(self.x)
         asked = x_adv if whole else x_adv[self.standing]
-        logits = full(self.model(asked))
+        logits = at_least_fp32(self.model(asked))
         answer = logits if whole else self.right.index_put((self.standing,), logits)
         fell = logits.argmax(1) != self.y[self.standing]
         if fell.any():
@@ -119,7 +119,7 @@ def _by_gradient(run: _Run, targets: int, **counts: Any) -> Attack:
         x = x.contiguous()  # their code takes views of it
         found = x.clone()
         with _attacked(model):
-            logits = full(model(x))
+            logits = at_least_fp32(model(x))
             standing = (logits.argmax(1) == y).nonzero().squeeze(1)
             for target in range(1, targets + 1):
                 if not len(standing):
@@ -211,11 +211,11 @@ def square(eps: float, norm: Norm, seed: int, queries: int | None = None) -> Att
         x = x.contiguous()  # their code takes views of it
         found = x.clone()
         with _attacked(model):
-            standing = (full(model(x)).argmax(1) == y).nonzero().squeeze(1)
+            standing = (at_least_fp32(model(x)).argmax(1) == y).nonzero().squeeze(1)
             if len(standing):
                 torch.manual_seed(seed)
                 square = _Square(
-                    lambda images: full(model(images)),
+                    lambda images: at_least_fp32(model(images)),
                     lambda draw: noise(draw)[standing],
                     norm=norm,
                     n_queries=queries or _QUERIES,

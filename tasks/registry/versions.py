@@ -12,9 +12,10 @@ from d2r_core import checkpoint, data, runtime
 from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.data.manifest import read_manifest
 from tasks.registry import model_logging
 from tasks.registry.model_logging import Recorded
-from tasks.tracking import lineage, runs
+from tasks.tracking import runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -190,7 +191,7 @@ def _evaluated(paths: Paths) -> tuple[dict[str, Any], dict[str, Any]]:
     robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
     if robustness["models"]["target"]["weights_sha256"] != metadata["weights_sha256"]:
         raise UserError(f"{paths.robustness}: was measured on other weights than {paths.target}. Run `dvc repro`.")
-    if not robustness["data"]["hash"] == metadata["data_hash"] == lineage.manifest(paths)["hash"]:
+    if not robustness["data"]["hash"] == metadata["data_hash"] == read_manifest(paths)["hash"]:
         raise UserError(
             f"{paths.robustness}, {paths.target} and {paths.manifest} are of different data. Run `dvc repro`."
         )
@@ -305,7 +306,7 @@ def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVe
     """Attack the model at `weights` on the present test images, on which the challenger was measured."""
     from tasks.evaluation.evaluate_model import measure
 
-    present = {"data_hash": lineage.manifest(paths)["hash"], "evaluation_hash": settings.hash("seed", "evaluate")}
+    present = {"data_hash": read_manifest(paths)["hash"], "evaluation_hash": settings.hash("seed", "evaluate")}
     if any(challenger.tags[key] != value for key, value in present.items()):
         raise UserError(
             f"{challenger.name} version {challenger.version} was measured on other data or with other `evaluate` "

@@ -1,14 +1,12 @@
 """What a model was made from: code, data and settings, as hashes."""
 
-import json
 import os
 import subprocess
 from dataclasses import dataclass
-from typing import Any
 
-from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.data.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -19,25 +17,15 @@ class Lineage:
     settings_hash: str  # of everything that the weights depend on
 
 
-def of(settings: Settings, paths: Paths) -> Lineage:
+def current_lineage(settings: Settings, paths: Paths) -> Lineage:
     """The lineage of what this checkout produces now. The prepared data must exist."""
     commit, dirty = _git(paths)
     return Lineage(
         git_commit=commit,
         git_dirty=dirty,
-        data_hash=manifest(paths)["hash"],
+        data_hash=read_manifest(paths)["hash"],
         settings_hash=settings.hash("seed", "prepare", "pretrain", "train"),
     )
-
-
-def manifest(paths: Paths) -> dict[str, Any]:
-    """What the prepared data say of themselves: classes, counts, shapes, hash, source. Raises UserError if absent."""
-    try:
-        content = json.loads(paths.manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{paths.manifest}: cannot be read ({error}). `dvc repro prepare` makes it.") from None
-    assert isinstance(content, dict)
-    return content
 
 
 def _git(paths: Paths) -> tuple[str, bool]:

@@ -19,8 +19,9 @@ from d2r_core import runtime
 from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.tracking import errors, lineage, metric_uploader, system_metrics
-from tasks.tracking.lineage import Lineage
+from tasks.data.manifest import read_manifest
+from tasks.tracking import errors, metric_uploader, system_metrics
+from tasks.tracking.lineage import Lineage, current_lineage
 from tasks.tracking.uri import tracking_uri
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def begin(settings: Settings, paths: Paths, stage: str, made_from: Lineage, **ta
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-    manifest = lineage.manifest(paths)
+    manifest = read_manifest(paths)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(settings.tracking.experiment)
     assert experiment is not None, "configure() comes first"
@@ -164,7 +165,7 @@ def begin(settings: Settings, paths: Paths, stage: str, made_from: Lineage, **ta
 def _begin_or_continue(settings: Settings, paths: Paths, stage: str, points: Path) -> str:
     import mlflow
 
-    made_from = lineage.of(settings, paths)
+    made_from = current_lineage(settings, paths)
     noted = metric_uploader.read_note(points)
     if noted is None or find(mlflow.MlflowClient(), noted.run_id) is None:
         return begin(settings, paths, stage, made_from)

@@ -19,7 +19,9 @@ from d2r_core.training import trainer
 from d2r_core.training.methods import Objective
 from tasks.config.paths import Paths
 from tasks.config.settings import Optimisation, Settings, Train
-from tasks.tracking import lineage, runs
+from tasks.data.manifest import read_manifest
+from tasks.tracking import runs
+from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import Progress
 
 # The code that can change a training's result.
@@ -56,7 +58,7 @@ def fit_and_save(
     Args:
         inputs: names what else the training starts from, such as the guidance's weights.
     """
-    manifest = lineage.manifest(paths)
+    manifest = read_manifest(paths)
     device = runtime.device(settings.runtime.device)
     described = {**architecture, "num_classes": len(manifest["classes"]), "image_size": manifest["image_size"]}
     state_folder = paths.state / _key(settings, section, seed, manifest["hash"], inputs)
@@ -106,7 +108,7 @@ def fit_and_save(
         "metrics": {"epoch": kept.epoch, **kept.metrics},
         "last_metrics": {"epoch": epochs, **kept.last_metrics},
         "seed": settings.seed,
-        **dataclasses.asdict(lineage.of(settings, paths)),
+        **dataclasses.asdict(current_lineage(settings, paths)),
         "mlflow_run_id": run.id,
     }
     rows = progress.epochs()

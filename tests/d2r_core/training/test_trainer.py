@@ -243,3 +243,14 @@ def test_winograd_serves_wide_fp32_convolutions_alone() -> None:
         direct = nn.Conv2d.forward(layer, x)
         assert torch.equal(layer(x), direct) != faster
         torch.testing.assert_close(layer(x), direct, rtol=1e-4, atol=1e-4)
+
+
+def test_a_split_on_the_device_is_not_streamed_whatever_the_device_is_called() -> None:
+    """Training on a GPU asks for "cuda" and holds its split on "cuda:0"; here "cpu:0" and "cpu"."""
+    images = Split(torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8), torch.arange(8))
+    index = torch.arange(4)
+    named, plain = (
+        data.load_batch(images, index, device, padding=0, flip=False, generator=torch.Generator().manual_seed(0))
+        for device in (torch.device("cpu", 0), torch.device("cpu"))
+    )
+    assert torch.equal(named.images, plain.images)

@@ -30,9 +30,11 @@ from flows import promotion
 from tasks import prefect_tasks
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.data.manifest import read_manifest
 from tasks.evaluation import evaluate_model
 from tasks.registry import servable, versions
-from tasks.tracking import lineage, runs
+from tasks.tracking import runs
+from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import Progress
 
 NAME = "digits"
@@ -125,7 +127,7 @@ class Project:
         progress = Progress("train", 2, self.paths.state / str(time.time()) / "metrics.jsonl", show=False)
         with runs.training_run(self.settings, self.paths, "train", progress.path) as run:
             progress.log({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
-        made_from = lineage.of(self.settings, self.paths)
+        made_from = current_lineage(self.settings, self.paths)
         metadata = {
             "architecture": architecture,
             "classes": classes,
@@ -148,7 +150,7 @@ class Project:
         if autoattack is not None:
             figures["autoattack"] = {"name": "AutoAttack standard", "images": 50, "accuracy": autoattack, "eps": 0.1}
         content = {
-            "data": {"hash": lineage.manifest(self.paths)["hash"]},
+            "data": {"hash": read_manifest(self.paths)["hash"]},
             "settings_hash": self.settings.hash("seed", "evaluate"),
             "models": {
                 "target": {
@@ -214,7 +216,7 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
     assert found.tags == {
         "git_commit": metadata["git_commit"],
         "git_dirty": str(metadata["git_dirty"]).lower(),
-        "data_hash": lineage.manifest(project.paths)["hash"],
+        "data_hash": read_manifest(project.paths)["hash"],
         "settings_hash": metadata["settings_hash"],
         "weights_sha256": metadata["weights_sha256"],
         "evaluation_hash": project.settings.hash("seed", "evaluate"),

@@ -24,7 +24,8 @@ from d2r_core.errors import UserError
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.tracking import lineage, runs
+from tasks.tracking import runs
+from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import Progress
 
 ROOT = Path(__file__).parents[3]
@@ -155,7 +156,7 @@ def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> No
     assert run.info.run_name == "train digits"
     assert run.info.status == "FINISHED"
     assert run.data.params == {key: str(value) for key, value in settings.flat().items()}
-    made_from = lineage.of(settings, paths)
+    made_from = current_lineage(settings, paths)
     expected = {
         "stage": "train",
         "git_commit": made_from.git_commit,

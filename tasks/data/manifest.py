@@ -1,0 +1,17 @@
+"""What the prepared data say of themselves."""
+
+import json
+from typing import Any
+
+from d2r_core.errors import UserError
+from tasks.config.paths import Paths
+
+
+def read_manifest(paths: Paths) -> dict[str, Any]:
+    """Classes, counts, shapes, hash, source. Raises UserError if absent."""
+    try:
+        content = json.loads(paths.manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{paths.manifest}: cannot be read ({error}). `dvc repro prepare` makes it.") from None
+    assert isinstance(content, dict)
+    return content
