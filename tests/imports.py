@@ -26,7 +26,7 @@ def imported_modules(path: str) -> frozenset[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.module and not node.level, f"{path}: imports are absolute in this project"
+            assert node.module, f"{path}: imports are absolute in this project"
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(names)
 
