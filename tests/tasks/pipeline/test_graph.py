@@ -14,7 +14,7 @@ from conftest import copy_project
 from imports import ROOT, imported_files, syntax
 from jinja2 import meta, nodes
 
-from tasks.config import stage_code as stage_code_file
+from d2r_core import files
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.config.stage_code import stage_code
@@ -172,7 +172,7 @@ def test_no_out_is_made_twice() -> None:
 def test_an_installed_package_without_a_graph_counts_as_one_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_code_file.files, "CODE", tmp_path)
+    monkeypatch.setattr(files, "CODE", tmp_path)
 
     assert stage_code("train") == ["d2r_core", "tasks"]
 
