@@ -22,6 +22,7 @@ from d2r_core.evaluation import curves, self_checks
 from d2r_core.evaluation.curves import EpsCurve, StepsCurve
 from d2r_core.interruption import Interrupted
 from tasks.config.settings import Evaluate
+from tasks.config.stage_code import stage_code
 from tasks.evaluation.evaluate_model import Measurement, measure
 
 _GALLERY = 32  # images
@@ -59,7 +60,7 @@ class Conditions:
 
     def kept(self, subject: Subject) -> Path:
         """The folder of a model's finished batches, named after everything that they depend on."""
-        code = files.code_fingerprint("d2r_core", "tasks/evaluation")
+        code = files.code_fingerprint(*stage_code("evaluate"))
         device = next(subject.model.parameters()).device.type
         versions = [version(package) for package in ("torch", "pyautoattack")]
         settings = self.settings.model_dump(mode="json")
