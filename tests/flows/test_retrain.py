@@ -27,8 +27,8 @@ from flows.promotion import PromotionResult
 from tasks import prefect_tasks
 from tasks.pipeline import dvc
 from tasks.registry import champion_comparison
+from tasks.registry.gate import Verdict
 from tasks.registry.status import RegistryStatus
-from tasks.registry.versions import Verdict
 from tasks.tracking.runs import UnavailableError
 
 
