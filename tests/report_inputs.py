@@ -19,6 +19,7 @@ from tasks import report
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.evaluation.report_schema import VERSION
 from tasks.reporting import robustness_figures
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,7 @@ def make_inputs(
     _gallery(paths, examples, labels, rng)
     data = {"source": "digits", "hash": manifest["hash"], "classes": classes, "test_images": len(labels)}
     about = {"seed": 0, "precision": "fp32", "device": "cpu", "settings_hash": settings.hash("seed", "evaluate")}
-    write(paths.robustness, {"data": data, **about, "norm": "Linf", "models": models})
+    write(paths.robustness, {"version": VERSION, "data": data, **about, "norm": "Linf", "models": models})
     return settings, paths
 
 

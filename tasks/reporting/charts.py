@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 318, 20, 196  # the plot's edges; names of the lines stand to the right of it
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 318, 20, 196  # the plot's edges; the lines' names are to the right of it
 _LINE_GAP = 13  # between two names
 _MAX_TICKS = 7
 _ROUND = [float(f"{digit}e{power}") for power in range(-9, 9) for digit in (1, 2, 5)]
@@ -84,7 +84,7 @@ def curves(
         scale: "percent" for accuracies in [0, 1], drawn on the whole range from 0 to 100 %; "log" for losses (values
             that are not positive are left out).
         description: what the chart shows, for those who do not see it.
-        marked: a value of the axis and what is said of it; left out if the axis has no such value.
+        marked: a value of the axis and its label; left out if the axis has no such value.
     """
     ticks, y = (
         _percent_scale() if scale == "percent" else _log_scale([value for line in series for value in line.values])
@@ -103,7 +103,7 @@ def curves(
     mark = marked[0] if marked and marked[0] in axis.values else None
     if marked and mark is not None:
         parts.append(
-            Markup('<line class="kept" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>').format(_TOP, _BOTTOM, x=x(mark))
+            Markup('<line class="marked" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>').format(_TOP, _BOTTOM, x=x(mark))
         )
         parts.append(_text(x(mark), _TOP - 7, marked[1], f"mark {'end' if axis.place(mark) > 0.5 else 'start'}"))
 
