@@ -28,11 +28,13 @@ def model(
     attacks: Mapping[str, Mapping[str, Any]] | None = None,
     checks: tuple[Mapping[str, Any], ...] = (),
 ) -> dict[str, Any]:
-    """An evaluated model; `attacks` are laid over clean, pgd and worst."""
+    """An evaluated model; clean, pgd and worst are added to `attacks` where they are not among them."""
+    defaults = {key: figures(key) for key in ("clean", "pgd", "worst")}
+    by_attack = {"clean": defaults["clean"], "pgd": defaults["pgd"], **(attacks or {})}
     return {
         "architecture": {"name": "resnet18", "num_classes": 2, "image_size": 8},
         "weights_sha256": weights,
-        "attacks": {key: figures(key) for key in ("clean", "pgd", "worst")} | dict(attacks or {}),
+        "attacks": {**by_attack, "worst": by_attack.get("worst", defaults["worst"])},
         "checks": list(checks),
         "curves": {"eps": [{"eps": 0.0, **_counts(0.5, 40)}], "steps": [{"steps": 1, **_counts(0.5, 40)}]},
         "confusion": {"attack": "pgd", "counts": [[10, 10], [10, 10]]},
