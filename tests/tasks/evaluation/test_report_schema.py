@@ -14,7 +14,9 @@ from tasks.evaluation.report_schema import VERSION, ChampionComparison, Identity
 SKIPPED = {"key": "black_box", "name": "White box beats black box", "passed": None, "found": "No black box."}
 AUTOATTACK = robustness_json.figures(
     "AutoAttack standard",
-    **dict.fromkeys(("step_size", "steps", "restarts")),
+    step_size=None,
+    steps=None,
+    restarts=None,
     stages=[{"name": "APGD-CE", "accuracy": 0.75}, {"name": "Square", "accuracy": 0.5}],
 )
 
