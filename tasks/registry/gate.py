@@ -10,7 +10,7 @@ from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.evaluation.report_schema import Identity, SelfCheck
+from tasks.evaluation.report_schema import SelfCheck
 from tasks.registry.status import identity_of
 from tasks.registry.versions import connect, fetch_checkpoint, resolve_alias
 
@@ -146,15 +146,11 @@ def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVe
     """Attack the model at `weights` on the present test images, on which the challenger was measured."""
     from tasks.evaluation.evaluate_model import measure
 
-    present = Identity(
-        weights_sha256="",
-        data_hash=read_manifest(paths)["hash"],
-        evaluation_hash=settings.hash("seed", "evaluate"),
-    )
-    if not present.same_evaluation(identity_of(challenger)):
+    present = {"data_hash": read_manifest(paths)["hash"], "evaluation_hash": settings.hash("seed", "evaluate")}
+    if identity_of(challenger) != identity_of(challenger).model_copy(update=present):
         raise UserError(
             f"{challenger.name} version {challenger.version} was measured on other data or with other `evaluate` "
-            "settings than lie here, so the champion cannot be measured beside it. Run `d2r run`."
+            "settings than the present ones, so the champion cannot be measured beside it. Run `d2r run`."
         )
     model, metadata = checkpoint.load(weights, runtime.device(settings.runtime.device))
     test = data.load_split(paths.prepared / "test.safetensors")

@@ -31,8 +31,8 @@ ATTACKS = {
 # The reasoning behind each self-check, for those who have no more than this page.
 CHECKS = {
     "more_steps": "Where the gradients lead to errors, a longer search finds at least what a shorter one does.",
-    "large_eps": "Within a large enough distance lies an image of another class; one that is still correct was not "
-    "searched.",
+    "large_eps": "Within a large enough distance lies an image of another class; if an image is robust even there, "
+    "the attack missed it.",
     "black_box": "Square uses the outputs alone; if it beats PGD, the gradients that PGD follows are misleading.",
     "transfer": "Images made against another model must not fool this one better than its own gradients do.",
     "losses": "If one of the two losses fools far more images, the other one's gradients were bent or scaled away.",

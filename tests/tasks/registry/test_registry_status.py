@@ -1,4 +1,4 @@
-"""What the registry says about the evaluated model."""
+"""The state of the evaluated model in the registry."""
 
 from collections.abc import Callable
 from pathlib import Path

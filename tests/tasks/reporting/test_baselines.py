@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_inputs import Page, make_inputs, write
+from report_inputs import make_inputs, write
+from report_page import Page
 from safetensors.numpy import load_file, save_file
 
 from d2r_core.errors import UserError

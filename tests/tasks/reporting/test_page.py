@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_inputs import Page, make_inputs, make_report
+from report_inputs import make_inputs
+from report_page import Page, make_report
 from safetensors.numpy import load_file, save_file
 
 from tasks import report

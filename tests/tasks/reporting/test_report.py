@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from report_inputs import Page, make_inputs, make_report, write
+from report_inputs import make_inputs, write
+from report_page import Page, make_report
 from safetensors.numpy import load_file, save_file
 
 from d2r_core.errors import UserError
