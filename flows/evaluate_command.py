@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
     from tasks.data.evaluation_images import Heldout
-    from tasks.evaluation.evaluate_models import Findings, Subject
+    from tasks.evaluation.evaluate_models import EvaluatedModel, EvaluationResult
 
 Source = Literal["image_folder", "cifar10", "cifar100", "tiny_imagenet", "digits"]
 Architecture = Literal["wide_resnet", "preact_resnet18", "resnet18"]
@@ -54,7 +54,7 @@ def evaluate(
     from tasks.config.paths import Paths
     from tasks.data import evaluation_images
     from tasks.evaluation import evaluate_models
-    from tasks.evaluation.evaluate_models import Conditions
+    from tasks.evaluation.evaluate_models import EvaluationSetup
 
     paths = Paths()
     settings = _overridden(
@@ -71,18 +71,18 @@ def evaluate(
     images = evaluation_images.load(data, settings.prepare, source, classes)
     device = runtime.device(settings.runtime.device)
     given = {key: value for key, value in described.items() if value is not None}
-    subjects = {"target": _subject(checkpoint, given, images, settings, paths, device)}
-    conditions = Conditions(
+    models = {"target": _subject(checkpoint, given, images, settings, paths, device)}
+    setup = EvaluationSetup(
         test=images.split,
         source=images.source,
         classes=images.classes,
         data_hash=images.hash,
         settings=settings.evaluate,
         seed=settings.seed,
-        state=paths.state,
+        cache_root=paths.state,
     )
     try:
-        found = evaluate_models.examine(subjects, conditions)
+        found = evaluate_models.evaluate_models(models, setup)
     except Interrupted as interruption:
         typer.echo(str(interruption), err=True)
         raise typer.Exit(130) from None
@@ -91,7 +91,7 @@ def evaluate(
     found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
     found.write(folder)
     files.write_text(folder / "report.html", report.render(report.read(folder), settings))
-    evaluate_models.forget(subjects, conditions)
+    evaluate_models.clear_cache(models, setup)
     _show(found, folder)
 
 
@@ -128,10 +128,10 @@ def _subject(
     settings: "Settings",
     paths: "Paths",
     device: "torch.device",
-) -> "Subject":
+) -> "EvaluatedModel":
     """The model that a checkpoint holds: of the architecture in the JSON beside it, or of the one that is given."""
     from d2r_core import checkpoint, files, models
-    from tasks.evaluation.evaluate_models import Subject
+    from tasks.evaluation.evaluate_models import EvaluatedModel
     from tasks.registry import versions
 
     shape = {"num_classes": len(images.classes), "image_size": images.split.images.shape[2]}
@@ -146,11 +146,13 @@ def _subject(
             for key, value in shape.items():
                 if metadata["architecture"][key] != value:
                     raise UserError(f"{path}: has {key} {metadata['architecture'][key]}, the data {value}.")
-            return Subject(model, metadata)
+            return EvaluatedModel(model, metadata)
         described = {**architecture, **shape}
         model = models.build(**_complete(path, described))
         models.load_weights(model, path)
-        return Subject(model.to(device).eval(), {"architecture": described, "weights_sha256": files.sha256(path)})
+        return EvaluatedModel(
+            model.to(device).eval(), {"architecture": described, "weights_sha256": files.sha256(path)}
+        )
 
 
 def _complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
 _MARKS = {True: "passed", False: "FAILED", None: "not asked"}
 
 
-def _show(found: "Findings", folder: Path) -> None:
+def _show(found: "EvaluationResult", folder: Path) -> None:
     """Print the figures, what the self-checks found, and where the rest lies."""
     import rich
     from rich.table import Table

@@ -304,7 +304,7 @@ def _fetch(client: "MlflowClient", version: "ModelVersion", file: str, folder: s
 
 def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVersion", weights: Path) -> float:
     """Attack the model at `weights` on the present test images, on which the challenger was measured."""
-    from tasks.evaluation.evaluate_model import measure
+    from tasks.evaluation.evaluate_model import evaluate_model
 
     present = {"data_hash": read_manifest(paths)["hash"], "evaluation_hash": settings.hash("seed", "evaluate")}
     if any(challenger.tags[key] != value for key, value in present.items()):
@@ -317,7 +317,7 @@ def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVe
     attacks = settings.evaluate
     if attacks.autoattack_images < len(test):  # then it is no part of the worst of all images
         attacks = attacks.model_copy(update={"autoattack_images": 0})
-    measured = measure(
+    measured = evaluate_model(
         model, test, attacks, classes=len(described["classes"]), seed=settings.seed, description="champion"
     )
     return float(measured.figures["worst"]["accuracy"])
