@@ -70,7 +70,7 @@ def accuracies(method: str, data: dict[str, Split], seed: int) -> list[float]:
         log=lambda metrics, epoch: None,
     )
     model.load_state_dict(kept.state)
-    attacks = [Clean(), PGD(eps=ATTACK["eps"], step_size=ATTACK["step_size"], steps=20)]
+    attacks: list[Clean | PGD] = [Clean(), PGD(eps=ATTACK["eps"], step_size=ATTACK["step_size"], steps=20)]
     config = EvaluationConfig(batch_size=120, seed=seed, device=CPU)
     return [accuracy_under(model, data["test"], attack, config) for attack in attacks]
 
