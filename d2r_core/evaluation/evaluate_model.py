@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from d2r_core import runtime
 from d2r_core.attacks.config import EvaluationConfig
-from d2r_core.attacks.pgd import PGD, Clean, fgsm, under_attack
+from d2r_core.attacks.pgd import PGD, Clean, cw, fgsm, under_attack
 from d2r_core.attacks.run import AttackResult, adversarial_images, run_attack
 from d2r_core.data import Split
 from d2r_core.evaluation import curves, probes
@@ -77,7 +77,13 @@ def standard_attacks(config: EvaluationConfig) -> dict[str, Clean | PGD]:
         "clean": Clean(),
         "fgsm": fgsm(config.eps, config.norm),
         "pgd": config.pgd,
-        "cw": replace(config.pgd, loss="margin"),
+        "cw": cw(
+            eps=config.eps,
+            step_size=config.step_size,
+            steps=config.steps,
+            norm=config.norm,
+            restarts=config.restarts,
+        ),
     }
 
 
