@@ -133,7 +133,7 @@ def run(
             outcome.predictions[index] = logits.argmax(1)
             outcome.margins[index] = attacks.margin(logits, labels).float()
             outcome.distances[index] = norms.size(x_adv.double() - x.double(), norm)
-    return Outcome(*(distributed.summed(part).cpu() for part in outcome))  # the other ranks' images are zeros here
+    return Outcome(*(distributed.all_reduce_sum(part).cpu() for part in outcome))  # other ranks' images are zeros here
 
 
 def cascade(

@@ -35,7 +35,7 @@ from tasks.evaluation import evaluate_model
 from tasks.registry import servable, versions
 from tasks.tracking import runs
 from tasks.tracking.lineage import current_lineage
-from tasks.training.metrics_log import Progress
+from tasks.training.metrics_log import MetricsLog
 
 NAME = "digits"
 CLASSES = [f"digit {label}" for label in range(10)]
@@ -124,9 +124,9 @@ class Project:
             "image_size": 16,
         }
         model = models.build(**architecture).eval()
-        progress = Progress("train", 2, self.paths.state / str(time.time()) / "metrics.jsonl", show=False)
+        progress = MetricsLog("train", 2, self.paths.state / str(time.time()) / "metrics.jsonl", show=False)
         with runs.training_run(self.settings, self.paths, "train", progress.path) as run:
-            progress.log({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
+            progress.log_epoch({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
         made_from = current_lineage(self.settings, self.paths)
         metadata = {
             "architecture": architecture,
@@ -261,10 +261,10 @@ def test_runs_get_the_points_that_they_missed(project: Project) -> None:
     client = mlflow.MlflowClient()
     client.update_run(pretrained_in, status="RUNNING")  # as if MLflow had been away when it ended
     for history in (paths.pretrain_history, paths.train_history):
-        progress = Progress("train", 2, history.with_suffix(".jsonl"), show=False)
-        progress.log({"loss": 2.5}, 1)
+        progress = MetricsLog("train", 2, history.with_suffix(".jsonl"), show=False)
+        progress.log_epoch({"loss": 2.5}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 2)
-        progress.log({"loss": 1.5}, 2)
+        progress.log_epoch({"loss": 1.5}, 2)
     project.evaluate()
     versions.register(project.settings, paths)
     for run_id in (trained_in, pretrained_in):
