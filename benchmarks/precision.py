@@ -4,13 +4,14 @@
 
 FOLDER holds train.safetensors and test.safetensors as the stage `prepare` writes them: on a CPU the digits, on a GPU
 CIFAR-10. It needs PyTorch, NumPy, safetensors and d2r_core alone. The one step (attack, loss, gradient) starts from the
-weights that fp32 has trained; the accuracies are all asked in fp32.
+weights that fp32 has trained; all accuracies are evaluated in fp32.
 """
 
 import argparse
 import copy
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from d2r_core.attacks import PGD, Clean
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.run import accuracy_under
 from d2r_core.data import Split
-from d2r_core.training import trainer
-from d2r_core.training.methods import D2R, Attack
+from d2r_core.training.config import TrainingConfig
+from d2r_core.training.methods import D2R, AttackParameters
+from d2r_core.training.trainer import Trainer
 
 
 class Setting(NamedTuple):
@@ -34,12 +36,24 @@ class Setting(NamedTuple):
         return f"{self.precision}, {'compiled' if self.compile == 'on' else 'eager'}"
 
 
+class LossPrinter(NamedTuple):
+    """A logger that prints each epoch's loss."""
+
+    title: str
+
+    def log_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
+        print(f"{self.title}, epoch {epoch}: {metrics['loss']:.3f}", file=sys.stderr)
+
+    def log_step(self, means: Mapping[str, float], epoch: int, step: int, steps: int) -> None:
+        pass
+
+
 class Problem(NamedTuple):
     """What is trained, and how."""
 
     target: dict[str, Any]
     guidance: dict[str, Any]
-    attack: Attack
+    attack: AttackParameters
     epochs: int
     batch_size: int
     learning_rate: float
@@ -73,19 +87,15 @@ def build(problem: Problem, train: Split, seed: int, device: torch.device) -> D2
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"num_classes": int(train.labels.max()) + 1, "image_size": train.images.shape[-1]}
     pair = [models.build(**problem.target, **shape), models.build(**problem.guidance, **shape)]
-    objective = D2R(*pair, attack=problem.attack, clean_weight=20.0, adv_weight=30.0)
-    return objective.to(device)
+    method = D2R(*pair, attack=problem.attack, clean_weight=20.0, adv_weight=30.0)
+    return method.to(device)
 
 
 def trained(problem: Problem, setting: Setting, train: Split, epochs: int, seed: int, device: torch.device) -> D2R:
-    objective = build(problem, train, seed, device)
+    method = build(problem, train, seed, device)
     runtime.set_precision(setting.precision)
-    runtime.compile_models(objective, compile=setting.compile, device=device)
-    trainer.fit(
-        objective,
-        train,
-        train.take(torch.arange(problem.batch_size, device=device)),
-        device=device,
+    runtime.compile_models(method, compile=setting.compile, device=device)
+    config = TrainingConfig(
         epochs=epochs,
         batch_size=problem.batch_size,
         learning_rate=problem.learning_rate,
@@ -95,34 +105,40 @@ def trained(problem: Problem, setting: Setting, train: Split, epochs: int, seed:
         crop_padding=problem.crop_padding,
         flip=problem.flip,
         seed=seed,
-        criteria={"clean_accuracy": Clean()},
-        log=lambda metrics, epoch: print(
-            f"{setting}, seed {seed}, epoch {epoch}: {metrics['loss']:.3f}", file=sys.stderr
-        ),
         precision=setting.precision,
     )
-    return objective
+    Trainer(
+        method,
+        train,
+        train.take(torch.arange(problem.batch_size, device=device)),
+        config,
+        device=device,
+        validation_attacks={"clean_accuracy": Clean()},
+        select_by="clean_accuracy",
+        logger=LossPrinter(f"{setting}, seed {seed}"),
+    ).fit()
+    return method
 
 
-def robust_accuracy(problem: Problem, objective: D2R, test: Split) -> float:
+def robust_accuracy(problem: Problem, method: D2R, test: Split) -> float:
     """Under PGD-20 from one random start, in fp32."""
     runtime.set_precision("fp32")
     attack = PGD(eps=problem.attack["eps"], step_size=problem.attack["step_size"], steps=20)
-    config = EvaluationConfig(batch_size=256, seed=0, device=next(objective.model.parameters()).device)
+    config = EvaluationConfig(batch_size=256, seed=0, device=next(method.model.parameters()).device)
     with runtime.eager(True):
-        return accuracy_under(objective.model, test, attack, config)
+        return accuracy_under(method.model, test, attack, config)
 
 
 def one_step(start: D2R, setting: Setting, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
     """The loss of a step from these weights, and the gradient of all parameters as one vector in float64."""
-    objective = copy.deepcopy(start).train()
+    method = copy.deepcopy(start).train()
     runtime.set_precision(setting.precision)
-    runtime.compile_models(objective, compile=setting.compile, device=x.device)
+    runtime.compile_models(method, compile=setting.compile, device=x.device)
     with runtime.autocast(x.device, setting.precision):
-        x_adv = objective.perturb(x, y, runtime.generator(0, x.device))
-        loss = objective(x, x_adv, y)["total"]
+        x_adv = method.perturb(x, y, runtime.generator(0, x.device))
+        loss = method(x, x_adv, y)["total"]
     loss.backward()
-    gradients = [parameter.grad for parameter in objective.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
     return loss.item(), torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
@@ -139,17 +155,17 @@ def main() -> None:
     settings = [Setting("fp32", "off"), Setting("fp32", "on"), Setting("bf16", "off")]
     if device.type == "cuda":
         settings += [Setting("tf32", "off"), Setting("tf32", "on"), Setting("bf16", "on")]
-    found = {
+    trained_methods = {
         setting: [trained(problem, setting, train, epochs, seed, device) for seed in range(arguments.seeds)]
         for setting in settings
     }
     images, y = train.take(torch.arange(128, device=device))
     x = data.to_float(images).contiguous(memory_format=torch.channels_last)
     accuracies = {
-        setting: torch.tensor([robust_accuracy(problem, objective, test) for objective in objectives])
-        for setting, objectives in found.items()
+        setting: torch.tensor([robust_accuracy(problem, method, test) for method in methods])
+        for setting, methods in trained_methods.items()
     }
-    start, exact = found[settings[0]][0], accuracies[settings[0]]
+    start, exact = trained_methods[settings[0]][0], accuracies[settings[0]]
     loss, gradient = one_step(start, settings[0], x, y)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(

@@ -29,9 +29,9 @@ from torch.utils.flop_counter import flop_registry
 from d2r_core import models, runtime
 from d2r_core.attacks import cag
 from d2r_core.models.winograd import Conv3x3
-from d2r_core.training.methods import D2R, Attack
+from d2r_core.training.methods import D2R, AttackParameters
 
-ATTACK: Attack = {"eps": 0.031, "step_size": 0.007, "steps": 10}
+ATTACK: AttackParameters = {"eps": 0.031, "step_size": 0.007, "steps": 10}
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # x, y, noise -> loss, adversarial images
 
 
@@ -108,16 +108,16 @@ def published_step(checkout: Path, target: nn.Module, guidance: nn.Module) -> St
     return step
 
 
-def our_step(objective: D2R, precision: runtime.Precision, device: torch.device) -> Step:
-    """The step as training.fit does it."""
-    optimizer = optimizer_of(objective, fused=True)
+def our_step(method: D2R, precision: runtime.Precision, device: torch.device) -> Step:
+    """The step as Trainer.train_step does it."""
+    optimizer = optimizer_of(method, fused=True)
 
     def step(x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        objective.train()
+        method.train()
         with runtime.autocast(device, precision):
-            x_adv = cag.generate(objective.model, objective.guidance, x, noise=noise, **ATTACK)
+            x_adv = cag.generate(method.model, method.guidance, x, noise=noise, **ATTACK)
             optimizer.zero_grad(set_to_none=True)
-            loss = objective(x, x_adv, y)["total"]
+            loss = method(x, x_adv, y)["total"]
         loss.backward()
         optimizer.step()
         return loss.detach(), x_adv
@@ -145,25 +145,25 @@ def variants(
         winograd: bool = False,
         compiled: bool = False,
     ) -> Variant:
-        objective = D2R(*pair(winograd=winograd), attack=ATTACK, clean_weight=20.0, adv_weight=30.0)
-        objective.to(memory_format=memory_format)
-        runtime.compile_models(objective, compile="on" if compiled else "off", device=device)
-        return Variant(name, our_step(objective, precision, device), precision, memory_format)
+        method = D2R(*pair(winograd=winograd), attack=ATTACK, clean_weight=20.0, adv_weight=30.0)
+        method.to(memory_format=memory_format)
+        runtime.compile_models(method, compile="on" if compiled else "off", device=device)
+        return Variant(name, our_step(method, precision, device), precision, memory_format)
 
     plain = torch.contiguous_format
-    found = [Variant("naive", naive_step(*pair()), memory_format=plain)]
+    measured = [Variant("naive", naive_step(*pair()), memory_format=plain)]
     if published is not None:
-        found.append(Variant("published code", published_step(published, *pair()), memory_format=plain))
-    found.append(ours("+ guidance once, fused SGD", memory_format=plain))
-    found.append(ours("+ channels last"))
+        measured.append(Variant("published code", published_step(published, *pair()), memory_format=plain))
+    measured.append(ours("+ guidance once, fused SGD", memory_format=plain))
+    measured.append(ours("+ channels last"))
     if device.type == "cpu":
-        found.append(ours("+ Winograd", winograd=True))
+        measured.append(ours("+ Winograd", winograd=True))
     if compiles:
-        found.append(ours("+ compiled" if device.type == "cuda" else "compiled instead of Winograd", compiled=True))
+        measured.append(ours("+ compiled" if device.type == "cuda" else "compiled instead of Winograd", compiled=True))
     if device.type == "cuda":
-        found.append(ours("+ TF32", precision="tf32", compiled=compiles))
-        found.append(ours("+ bf16", precision="bf16", compiled=compiles))
-    return found
+        measured.append(ours("+ TF32", precision="tf32", compiled=compiles))
+        measured.append(ours("+ bf16", precision="bf16", compiled=compiles))
+    return measured
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -177,11 +177,11 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return clock() - begun
 
 
-def measure(found: Sequence[Variant], x: Tensor, y: Tensor, noise: Tensor, rounds: int) -> None:
+def measure(measured: Sequence[Variant], x: Tensor, y: Tensor, noise: Tensor, rounds: int) -> None:
     """Let the variants take turns; the first round compiles, warms up and is what is compared, not timed."""
     device = x.device
     for done in range(rounds + 1):
-        for variant in found:
+        for variant in measured:
             runtime.set_precision(variant.precision)
             images, draw = (tensor.contiguous(memory_format=variant.memory_format) for tensor in (x, noise))
             if done == 0:
@@ -222,16 +222,16 @@ class Flops(TorchDispatchMode):
         return result
 
 
-def table(found: Sequence[Variant], batch: int, device: torch.device, flops: Mapping[str, int]) -> str:
-    naive, ours = found[0], flops["+ guidance once, fused SGD"]
-    rates = {precision: matmul_rate(device, precision) for precision in {variant.precision for variant in found}}
+def table(measured: Sequence[Variant], batch: int, device: torch.device, flops: Mapping[str, int]) -> str:
+    naive, ours = measured[0], flops["+ guidance once, fused SGD"]
+    rates = {precision: matmul_rate(device, precision) for precision in {variant.precision for variant in measured}}
     memory = " memory, GiB |" if device.type == "cuda" else ""
     lines = [
         "| variant | s/step | times naive | images/s | TFLOP | TFLOP/s | of matmul "
         f"|{memory} loss differs | pixels differ |",
         "|---|---|---|---|---|---|---|---|---|" + "---|" * bool(memory),
     ]
-    for variant in found:
+    for variant in measured:
         median, work = statistics.median(variant.seconds), flops.get(variant.name, ours)
         pixels = "" if variant.x_adv is None else f"{differing(variant.x_adv, naive.x_adv):.2%}"
         lines.append(
@@ -264,10 +264,10 @@ def main() -> None:
     guidance = models.build("resnet18", num_classes=10).to(device)
     x = torch.rand(arguments.batch, 3, 32, 32, device=device)
     y, noise = torch.randint(10, (arguments.batch,), device=device), torch.randn_like(x)
-    found = variants(target, guidance, device, compiles=arguments.compile, published=arguments.published)
-    measure(found, x, y, noise, arguments.rounds)
+    measured = variants(target, guidance, device, compiles=arguments.compile, published=arguments.published)
+    measure(measured, x, y, noise, arguments.rounds)
     flops = {}
-    for variant in found:
+    for variant in measured:
         if variant.name in ("naive", "published code", "+ guidance once, fused SGD"):
             with Flops() as counter:
                 variant.step(x[:1], y[:1], noise[:1])
@@ -277,7 +277,7 @@ def main() -> None:
         f"{arguments.model}, ResNet-18 guidance, batch {arguments.batch}, {ATTACK['steps']} attack steps; {machine}, "
         f"torch {torch.__version__}, median of {arguments.rounds} rounds\n"
     )
-    print(table(found, arguments.batch, device, flops))
+    print(table(measured, arguments.batch, device, flops))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finished weights (safetensors, with a JSON of what they are) and the state of a training under way.
+"""Finished weights (safetensors, with a JSON that describes them) and the state of an unfinished training.
 
 All files are written atomically.
 """
@@ -32,17 +32,17 @@ def save(path: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
     """
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
-    described = {**metadata, "weights_sha256": sha256(path)}
-    write_text(metadata_path(path), json.dumps(described, indent=2) + "\n")
+    complete = {**metadata, "weights_sha256": sha256(path)}
+    write_text(metadata_path(path), json.dumps(complete, indent=2) + "\n")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The JSON beside the weights at `path`. Raises UserError when it is missing or damaged."""
-    described = metadata_path(path)
+    json_path = metadata_path(path)
     try:
-        metadata = json.loads(described.read_text(encoding="utf-8"))
+        metadata = json.loads(json_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{described}: cannot be read ({error}). It belongs beside {path.name}.") from None
+        raise UserError(f"{json_path}: cannot be read ({error}). It belongs beside {path.name}.") from None
     assert isinstance(metadata, dict)
     return metadata
 
@@ -69,12 +69,12 @@ _LATEST, _PREVIOUS = "latest.pt", "previous.pt"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a training's state into `folder`; the one before is kept as well.
+    """Write a training's state into `folder`; the previous state is kept beside it.
 
-    At every moment, also when the disk is full, a whole state lies there.
+    At every moment, also when the disk is full, the folder holds an intact state.
 
     Raises:
-        UserError: it cannot be written; the last good state is still there.
+        UserError: it cannot be written; the previous state is intact.
     """
     content = io.BytesIO()
     torch.save(state, content)
@@ -91,7 +91,10 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole state in `folder`, tensors on the CPU; None if there is none. `warn` hears of damaged files."""
+    """The newest intact state in `folder`, tensors on the CPU; None if there is none.
+
+    `warn` is called with a message for each damaged file.
+    """
     for name in (_LATEST, _PREVIOUS):
         path = folder / name
         try:

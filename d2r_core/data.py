@@ -1,4 +1,4 @@
-"""Prepared tensors, and batches of them on the device with a random crop and flip for each image."""
+"""Prepared splits, and batches of them on the device with a random crop and flip for each image."""
 
 import hashlib
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ def content_hash(splits: Mapping[str, Split]) -> str:
     for name, split in sorted(splits.items()):
         digest.update(f"{name} {tuple(split.images.shape)}".encode())
         for tensor in (split.labels, split.images):
-            digest.update(tensor.contiguous().view(-1).numpy().data)  # no copy: the file's pages are read as they come
+            digest.update(tensor.contiguous().view(-1).numpy().data)  # no copy: the file's pages are read on demand
     return digest.hexdigest()
 
 
@@ -73,7 +73,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def balanced_order(labels: Tensor, seed: int) -> Tensor:
-    """A seeded order of all images, int64 (N,), in which every prefix is as class-balanced as can be."""
+    """A seeded order of all images, int64 (N,), in which every prefix is as class-balanced as possible."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rank = torch.empty_like(shuffled)
     for label in labels.unique():
@@ -86,7 +86,7 @@ def crop_and_flip(images: Tensor, *, padding: int, flip: bool, generator: torch.
     """Shift each image by up to `padding` pixels over a black border and mirror half of them.
 
     Args:
-        images: (B, C, H, W), any type; `generator` lives on the same device. Cropped ones come back channels last.
+        images: (B, C, H, W), any type, on the device of `generator`. The result is channels last if it is cropped.
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -104,33 +104,35 @@ def crop_and_flip(images: Tensor, *, padding: int, flip: bool, generator: torch.
     return images
 
 
-def shares(order: Tensor, batch_size: int, *, rank: int = 0, world: int = 1) -> list[Tensor]:
-    """The batches of one epoch for one of `world` processes: each is this rank's share of `batch_size` images.
+def rank_batches(order: Tensor, batch_size: int, *, rank: int = 0, world: int = 1) -> list[Tensor]:
+    """The batches of one epoch for one of `world` processes: this rank's part of every `batch_size` images.
 
     Args:
-        order: int64 (N,), the same on all ranks. Ranks get equally many images of a batch, so that the mean of their
-            gradients is the batch's; up to `world` - 1 images of the last batch are left out for that.
+        order: indices of images, int64 (N,), the same on all ranks. Ranks get equally many images of a batch, so that
+            the mean of their gradients is the batch's; for that, up to `world` - 1 images of the last batch are left
+            out.
     """
-    whole = [batch[: len(batch) // world * world] for batch in order.split(batch_size)]
-    return [batch[rank::world] for batch in whole if len(batch)]
+    divisible = [batch[: len(batch) // world * world] for batch in order.split(batch_size)]
+    return [batch[rank::world] for batch in divisible if len(batch)]
 
 
 def load_batch(
     split: Split, index: Tensor, device: torch.device, *, padding: int, flip: bool, generator: torch.Generator
 ) -> Split:
-    """The images at `index` on `device`, cropped, flipped, as float32 in [0, 1], channels last, and their labels.
+    """The images at `index` on `device`, cropped and flipped, as float32 (B, 3, H, W) in [0, 1], channels last.
 
     A split that is not on the device is streamed: gathered from the file's pages into pinned memory, and copied from
-    there while the host goes on.
+    there without blocking the host.
     """
-    streamed = split.labels.device.type != device.type  # a plain "cuda" names the GPU "cuda:0" as well
+    is_streamed = split.labels.device.type != device.type  # a plain "cuda" names the GPU "cuda:0" as well
     index = index.to(split.labels.device)
 
-    def gathered(tensor: Tensor) -> Tensor:
-        batch = torch.empty(len(index), *tensor.shape[1:], dtype=tensor.dtype, pin_memory=True) if streamed else None
-        # PyTorch keeps pinned memory from being used again before the copy is done.
-        return torch.index_select(tensor, 0, index, out=batch).to(device, non_blocking=True)
+    def gather(tensor: Tensor) -> Tensor:
+        shape = (len(index), *tensor.shape[1:])
+        pinned = torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if is_streamed else None
+        # PyTorch does not reuse pinned memory before the copy from it is complete.
+        return torch.index_select(tensor, 0, index, out=pinned).to(device, non_blocking=True)
 
-    images, labels = map(gathered, split)
+    images, labels = map(gather, split)
     augmented = crop_and_flip(images, padding=padding, flip=flip, generator=generator)
     return Split(to_float(augmented).contiguous(memory_format=torch.channels_last), labels)

@@ -1,6 +1,6 @@
-"""One training on several processes (`torchrun`): who this one is, and what they tell each other.
+"""One training or evaluation on several processes (`torchrun`): rank, world size and collectives.
 
-Without `torchrun` everything here is the single process's own answer.
+Without `torchrun` there is one process of rank 0, and every collective returns its own value.
 """
 
 import os
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group(device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
-    """Join the process group that torchrun's variables describe, for the block: NCCL on GPUs, gloo on CPUs.
+    """Join the process group that torchrun's environment describes, for the block: NCCL on GPUs, gloo on CPUs.
 
-    Also after an elastic restart (`torchrun --max-restarts`), on one machine or many. `timeout` is how long one process
-    may wait for another: by default PyTorch's, 10 and 30 minutes.
+    Works after an elastic restart (`torchrun --max-restarts`) too, on one machine or many. `timeout` limits how long a
+    process waits for another: by default PyTorch's 10 minutes (NCCL) or 30 (gloo).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -47,28 +47,28 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
 
 
 def _attempt(store: Store, rank: int, world: int) -> str:
-    """A name for this start of the job that all its ranks agree on, and none of an earlier start had.
+    """A name for this start of the job, the same on all its ranks and unlike that of any earlier start.
 
-    torchrun's agent keeps one store through all restarts, so there a rank may find the addresses of processes that are
-    dead. The restart count cannot tell them apart: machines count only what failed on their own side. So rank 0 draws
-    a name, and welcomes each rank by a name of its own, which a dead rank 0 cannot.
+    torchrun's agent keeps one store through all restarts, which may hold the addresses of dead processes. The restart
+    count cannot tell them apart: each machine counts only its own failures. So rank 0 draws a random name and
+    acknowledges each rank's random token under it, which a dead rank 0 cannot do.
     """
-    mine = uuid.uuid4().hex
+    token = uuid.uuid4().hex
     if rank == 0:
-        store.set("attempt", mine)
+        store.set("attempt", token)
         for other in range(1, world):
-            store.set(f"{mine}/welcome/{store.get(f'{mine}/hello/{other}').decode()}", "")
-        return mine
+            store.set(f"{token}/acknowledged/{store.get(f'{token}/joining/{other}').decode()}", "")
+        return token
     while True:
         attempt = store.get("attempt").decode()
-        store.set(f"{attempt}/hello/{rank}", mine)
-        if store.check([f"{attempt}/welcome/{mine}"]):
+        store.set(f"{attempt}/joining/{rank}", token)
+        if store.check([f"{attempt}/acknowledged/{token}"]):
             return attempt
         time.sleep(0.05)
 
 
 def rank() -> int:
-    """This process's number, 0 to `world() - 1`; 0 alone writes and logs."""
+    """This process's rank, 0 to `world() - 1`; rank 0 alone writes and logs."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -77,24 +77,34 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """The sum of all ranks' tensors, on every rank."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The elementwise sum of all ranks' tensors, on every rank."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
-def first_of(value: str | None) -> str | None:
-    """The first rank's value that is not None, on every rank: what one rank knows, all do."""
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The elementwise maximum of all ranks' tensors, on every rank."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if not dist.is_initialized():
+        return tensor
+    reduced = tensor.clone()
+    dist.all_reduce(reduced, operation)
+    return reduced
+
+
+def first_not_none(value: str | None) -> str | None:
+    """The value of the lowest rank whose value is not None, on every rank; None if there is none."""
     if not dist.is_initialized():
         return value
     values: list[str | None] = [None] * world()
     dist.all_gather_object(values, value)
-    return next((found for found in values if found is not None), None)
+    return next((candidate for candidate in values if candidate is not None), None)
 
 
-def from_first(value: T) -> T:
+def broadcast(value: T) -> T:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value
@@ -103,10 +113,10 @@ def from_first(value: T) -> T:
     return values[0]
 
 
-def share_buffers(module: nn.Module) -> None:
-    """Give every rank rank 0's buffers: BatchNorm's running statistics differ, each rank having seen its own images."""
+def broadcast_buffers(module: nn.Module) -> None:
+    """Copy rank 0's buffers to every rank: BatchNorm's statistics differ, since each rank sees its own images."""
     if dist.is_initialized():
-        # What is no float counts the batches, alike on every rank.
+        # The integer buffers count batches and are equal on all ranks.
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         values = torch.cat([buffer.flatten() for buffer in buffers])
         dist.broadcast(values, 0)
@@ -114,8 +124,11 @@ def share_buffers(module: nn.Module) -> None:
             buffer.copy_(value.view_as(buffer))
 
 
-def wrapped(objective: nn.Module) -> nn.Module:
-    """`objective`, with gradients averaged over the ranks by its backward pass. Buffers are left to share_buffers."""
+def wrap_ddp(module: nn.Module) -> nn.Module:
+    """`module` with its gradients averaged over the ranks in the backward pass; buffers are left to broadcast_buffers.
+
+    Without a process group it is the module itself.
+    """
     if not dist.is_initialized():
-        return objective
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+        return module
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)

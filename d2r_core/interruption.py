@@ -1,4 +1,4 @@
-"""Stopping a long loop between two steps: on SIGINT, SIGTERM (a spot machine's notice) or when its time is up."""
+"""Stopping a long loop between two steps: on SIGINT, on SIGTERM (a preempted machine) or at a time limit."""
 
 import signal
 import threading
@@ -9,19 +9,19 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A loop was told to stop and has saved what it had; the message says where it continues."""
+    """A loop stopped on request after saving its state; the message says where it will continue."""
 
 
 @contextmanager
 def stop_requests(max_minutes: float | None) -> Iterator[Callable[[], str | None]]:
-    """Yield a function that says why to stop, or None; signals inside the block only leave a note for it.
+    """Yield a function that returns why to stop, or None; signals inside the block are recorded for it, not raised.
 
-    Outside the main thread signals cannot be caught, and only the time counts.
+    Outside the main thread signals cannot be handled, and only the time limit applies.
     """
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     received: list[str] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
 
     def reason() -> str | None:
@@ -30,9 +30,9 @@ def stop_requests(max_minutes: float | None) -> Iterator[Callable[[], str | None
         return f"max_minutes ({max_minutes:g}) are over" if deadline and time.monotonic() > deadline else None
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = [(number, signal.signal(number, note)) for number in numbers]
+    handlers = [(number, signal.signal(number, record)) for number in numbers]
     try:
         yield reason
     finally:
-        for number, handler in before:
+        for number, handler in handlers:
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """Seeds, device, precision and compilation."""
 
+import hashlib
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ Compile = Literal["auto", "on", "off"]
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one. Raises UserError for an absent GPU."""
+    """The device of that name; "auto" is the GPU if there is one, else the CPU. Raises UserError for an absent GPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -29,6 +30,11 @@ def generator(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def derive_seed(*key: int) -> int:
+    """A seed for the random stream that `key` names, such as (seed, epoch, step); streams of two keys are unrelated."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+
+
 def set_precision(precision: Precision) -> None:
     """Allow TF32 in convolutions and matrix products unless `precision` is "fp32"; PyTorch's own default is mixed."""
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
@@ -36,7 +42,7 @@ def set_precision(precision: Precision) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The networks' passes in bf16 where `precision` says so; losses and images stay fp32 (see at_least_fp32)."""
+    """Run the networks' passes in bf16 if `precision` is "bf16"; losses and images stay fp32 (see at_least_fp32)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -45,13 +51,13 @@ def at_least_fp32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def compile_models(objective: nn.Module, *, compile: Compile, device: torch.device) -> None:
-    """Compile the passes of the objective's models in place; state dicts keep their names.
+def compile_models(method: nn.Module, *, compile: Compile, device: torch.device) -> None:
+    """Compile the forward and backward passes of the method's models in place; state dicts keep their names.
 
-    "auto" compiles on a GPU that has a C compiler beside it and warns once where that is missing. On a CPU it stays
-    eager: compiling takes minutes, calls the same convolutions, and leaves Winograd's out. "on" insists.
+    "auto" compiles on a GPU if a C compiler is installed, and warns if none is. On a CPU it stays eager: compilation
+    takes minutes, calls the same convolutions, and excludes Winograd's. "on" always compiles.
 
-    Attack, update and validation differ in mode, gradients and frozen parameters; each gets a program of its own.
+    Attack, update and validation differ in mode, gradients and frozen parameters, so each is compiled separately.
 
     Raises:
         UserError: "on" without a C compiler.
@@ -63,14 +69,14 @@ def compile_models(objective: nn.Module, *, compile: Compile, device: torch.devi
             raise UserError("runtime.compile is 'on', but there is no C compiler here. Install gcc, or set 'auto'.")
         warnings.warn("no C compiler found: training runs eagerly, and slower", RuntimeWarning, stacklevel=2)
         return
-    for model in objective.children():
-        # Fixed shapes: the smaller last batch of an epoch runs eagerly (training.fit), so nothing is compiled twice.
+    for model in method.children():
+        # Fixed shapes: the smaller last batch of an epoch runs eagerly (Trainer.train_epoch): nothing compiles twice.
         model.compile(dynamic=False)
 
 
 @contextmanager
 def eager(when: bool) -> Iterator[None]:
-    """Run compiled models eagerly inside the block, if `when`: for batches of a size not worth compiling for."""
+    """Run compiled models eagerly inside the block if `when`: for batch sizes that are not worth a compilation."""
     if not when:
         yield
         return

@@ -1,4 +1,4 @@
-"""Stage `train`: the target model, by D2R on CAG's adversarial examples, or by a rival on equal terms."""
+"""Stage `train`: the target model, by D2R on CAG's adversarial examples or by a baseline method on equal terms."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,47 +7,53 @@ from torch import nn
 
 from d2r_core import checkpoint, runtime
 from d2r_core.attacks import PGD, Clean
-from d2r_core.training.methods import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
-from d2r_core.training.trainer import Kept
+from d2r_core.training.methods import (
+    D2R,
+    AdversarialTraining,
+    AttackParameters,
+    Lbgat,
+    Standard,
+    Trades,
+    TrainingMethod,
+)
+from d2r_core.training.trainer import BestCheckpoint
 from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.training import run_training
+from tasks.training.run_training import TrainingJob, run_training
 
-_VALIDATION_STEPS = 10  # of the PGD attack that chooses the checkpoint
+_VALIDATION_STEPS = 10  # of the PGD attack that selects the checkpoint
 
 
-def run(settings: Settings, paths: Paths) -> Kept:
+def run(settings: Settings, paths: Paths) -> BestCheckpoint:
     """Train the target model and write `models/target.safetensors` with its JSON and history.
 
-    The kept epoch is the one with the best PGD-10 accuracy on the validation split, never on the test images.
+    The best epoch is the one with the highest PGD-10 accuracy on the validation split; test images are never used.
     """
     section = settings.train
-    guidance, described = checkpoint.load(paths.guidance, runtime.device(settings.runtime.device))
-    return run_training.fit_and_save(
-        settings,
-        paths,
+    guidance, metadata = checkpoint.load(paths.guidance, runtime.device(settings.runtime.device))
+    job = TrainingJob(
         stage="train",
-        architecture=section.architecture.model_dump(),
-        objective=_objective(settings, guidance),
-        criteria={
+        section=section,
+        # Not the seed of pretraining: two models of one architecture must not start from the same weights.
+        seed=settings.seed + 1,
+        method=_method(settings, guidance),
+        validation_attacks={
             "clean_accuracy": Clean(),
             "robust_accuracy": PGD(eps=section.eps, step_size=section.step_size, steps=_VALIDATION_STEPS),
         },
-        section=section,
-        epochs=section.epochs,
-        # Another stream than pretraining's: two models of one architecture must not start alike.
-        seed=settings.seed + 1,
+        select_by="robust_accuracy",
         weights=paths.target,
         history=paths.train_history,
-        inputs=described["weights_sha256"],
+        inputs=metadata["weights_sha256"],
     )
+    return run_training(settings, paths, job)
 
 
-def _objective(settings: Settings, guidance: nn.Module) -> Callable[[nn.Module], Objective]:
-    """The method that the settings name, still without its target model."""
+def _method(settings: Settings, guidance: nn.Module) -> Callable[[nn.Module], TrainingMethod]:
+    """The method that the settings name, as a function of the target model."""
     section, method = settings.train, settings.train.method
-    attack: Attack = {"eps": section.eps, "step_size": section.step_size, "steps": section.steps}
+    attack: AttackParameters = {"eps": section.eps, "step_size": section.step_size, "steps": section.steps}
     smoothing = section.label_smoothing
     match method.name:
         case "d2r":

@@ -25,7 +25,7 @@ from tasks.data.manifest import read_manifest
 from tasks.registry import gate, versions
 from tasks.tracking import runs
 from tasks.tracking.lineage import current_lineage
-from tasks.training.metrics_log import Progress
+from tasks.training.metrics_log import MetricsLog
 
 NAME = "digits"
 CLASSES = [f"digit {label}" for label in range(10)]
@@ -82,9 +82,9 @@ class Project:
         """A target model with that seed's random weights, out of an MLflow run that logged the first of two epochs."""
         torch.manual_seed(seed)
         model = models.build(**ARCHITECTURE).eval()
-        progress = Progress("train", 2, self.paths.state / str(time.time()) / "metrics.jsonl", show=False)
+        progress = MetricsLog("train", 2, self.paths.state / str(time.time()) / "metrics.jsonl", show=False)
         with runs.training_run(self.settings, self.paths, "train", progress.path) as run:
-            progress.log({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
+            progress.log_epoch({"loss": 2.5, "clean_accuracy": 0.5, "robust_accuracy": 0.25}, 1)
         metadata = {
             "architecture": ARCHITECTURE,
             "classes": classes,

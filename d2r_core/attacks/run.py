@@ -72,7 +72,8 @@ def run_attack(
             result.predictions[index] = logits.argmax(1)
             result.margins[index] = margin(logits, labels).float()
             result.distances[index] = norms.norm(x_adv.double() - x.double(), config.norm)
-    return AttackResult(*(distributed.summed(part).cpu() for part in result))  # the other ranks' images are zeros here
+    # The other ranks' images are zeros here.
+    return AttackResult(*(distributed.all_reduce_sum(part).cpu() for part in result))
 
 
 def adversarial_images(

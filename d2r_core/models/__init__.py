@@ -1,4 +1,4 @@
-"""The architectures under their names, and published weights loaded into them."""
+"""Builds the architectures by name and loads published weights into them."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from d2r_core.models.preact_resnet import PreActResNet18
 from d2r_core.models.resnet import ResNet18
 from d2r_core.models.wide_resnet import WideResNet
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # entries that published files keep the weights in
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # entries of published files that hold the weights
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 
 
@@ -46,25 +46,25 @@ def build(name: str, *, num_classes: int, image_size: int = 32, **architecture: 
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors or PyTorch file (never unpickled beyond tensors) into `model`.
+    """Load a safetensors or PyTorch file (tensors only: no other pickled object is loaded) into `model`.
 
-    Published files differ in wrapping: entries such as `state_dict` are opened, prefixes such as `module.` and the
+    Published files differ in layout: entries such as `state_dict` are opened, prefixes such as `module.` and the
     unused `sub_block1.*` of WideResNet are dropped.
 
     Raises:
         UserError: the file cannot be read, would run code, holds no weights, or does not fit the architecture.
     """
     weights = {
-        name: tensor for name, tensor in _unwrapped(_read(path), path).items() if not name.startswith("sub_block1.")
+        name: tensor for name, tensor in _state_dict(_read(path), path).items() if not name.startswith("sub_block1.")
     }
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    head = list(wanted)[-1]
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    head = list(expected)[-1]
     # Older files lack BatchNorm's batch counter, which inference does not use.
-    missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in weights if name not in wanted]
-    differing = [name for name in weights if name in wanted and weights[name].shape != wanted[name]]
-    if not missing and not unknown and head in differing and weights[head].shape[0] != wanted[head][0]:
-        raise UserError(f"{path}: tells {weights[head].shape[0]} classes apart, not {wanted[head][0]} as the data has.")
+    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in weights if name not in expected]
+    differing = [name for name in weights if name in expected and weights[name].shape != expected[name]]
+    if not missing and not unknown and head in differing and weights[head].shape[0] != expected[head][0]:
+        raise UserError(f"{path}: has {weights[head].shape[0]} classes, not {expected[head][0]} as the data has.")
     for what, names in (("lacks", missing), ("has the unknown", unknown), ("has another shape for", differing)):
         if names:
             raise UserError(
@@ -89,23 +89,25 @@ def _read(path: Path) -> object:
                 "from a file is never run. Where it comes from: torch.save(model.state_dict(), ...)."
             ) from None
         reason = "it is no checkpoint"
-    except (EOFError, LookupError):  # their messages tell of single bytes
+    except (EOFError, LookupError):  # whose messages are about single bytes
         reason = "it is no checkpoint"
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
     raise UserError(f"{path}: cannot be read as weights ({reason}).")
 
 
-def _unwrapped(found: object, path: Path) -> dict[str, Tensor]:
-    """The tensors by name, whatever they were packed in."""
-    while isinstance(found, dict) and (inner := [found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)]):
-        found = inner[0]
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    """The tensors by name, without the entries and prefixes around them."""
+    while isinstance(content, dict) and (
+        nested := [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+    ):
+        content = nested[0]
     weights = {}
-    for name, tensor in found.items() if isinstance(found, dict) else ():
+    for name, tensor in content.items() if isinstance(content, dict) else ():
         if isinstance(name, str) and isinstance(tensor, Tensor):
             while name.startswith(_PREFIXES):
                 name = name.partition(".")[2]
             weights[name] = tensor
     if not weights:
-        raise UserError(f"{path}: holds no weights: it has no tensors under names.")
+        raise UserError(f"{path}: holds no weights: it has no named tensors.")
     return weights

@@ -14,5 +14,5 @@ def pool(features: Tensor, image_size: int, window: int) -> Tensor:
 
 
 def pooled_positions(image_size: int, reduction: int, window: int) -> int:
-    """How many positions `pool` leaves of a feature map that is `reduction` times smaller than the image."""
+    """The number of positions after `pool` of a feature map that is `reduction` times smaller than the image."""
     return (image_size // reduction // window) ** 2 if image_size in _PUBLISHED_SIZES else 1

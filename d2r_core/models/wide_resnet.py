@@ -1,4 +1,4 @@
-"""Wide residual network (Zagoruyko & Komodakis 2016) as adversarial training publishes it (TRADES, LBGAT, D2R)."""
+"""Wide residual network (Zagoruyko & Komodakis 2016), in the form of adversarial training (TRADES, LBGAT, D2R)."""
 
 import math
 

@@ -1,6 +1,7 @@
-"""Training losses as pure functions of logits (B, C) and labels (B,): scalars by name, their sum as `total`.
+"""Training losses as pure functions of logits (B, C) and labels int64 (B,).
 
-Computed in at least fp32, whatever precision the networks ran in.
+Each returns its terms as scalars by name, and their sum as `total`. They are computed in at least fp32, whatever the
+precision of the networks' passes.
 """
 
 import torch
@@ -28,19 +29,19 @@ def d2r(
     adv_weight: float = 30.0,
     label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
-    """The dual regularization loss (arXiv 2506.07056); nothing is detached, every term trains both models.
+    """The dual regularization loss of D2R (arXiv 2506.07056); nothing is detached, so the terms train both models.
 
     Args:
-        adv_logits, clean_logits: of the target, on the adversarial and the clean images, (B, C).
+        adv_logits, clean_logits: of the target model, on the adversarial and the clean images, (B, C).
         guidance_logits: of the guidance model on the clean images, (B, C).
 
     Returns:
-        The terms as they enter the sum. `ce`: the guidance learns the labels; `logit`: adversarial logits follow the
-        guidance's (MSE); `clean` and `adv`: the weighted divergences of the clean and of the adversarial distribution
-        from the guidance's.
+        The weighted terms. `ce`: cross-entropy of the guidance; `logit`: MSE between the adversarial logits and the
+        guidance's; `clean` and `adv`: divergence of the target's clean and adversarial distribution from the
+        guidance's.
     """
     a, n, t = at_least_fp32(adv_logits), at_least_fp32(clean_logits), at_least_fp32(guidance_logits)
-    return _summed(
+    return _with_total(
         ce=F.cross_entropy(t, labels, label_smoothing=label_smoothing),
         logit=F.mse_loss(a, t),
         clean=clean_weight * (kl(n, t) - kl(t, n)).abs(),
@@ -57,9 +58,12 @@ def lbgat(
     beta: float = 6.0,
     label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Learnable boundary guided adversarial training (Cui et al. 2021): D2R's forerunner, with TRADES' term at beta."""
+    """Learnable boundary guided adversarial training (Cui et al. 2021), with TRADES' term weighted by `beta`.
+
+    The logits are those of `d2r`.
+    """
     a, n, t = at_least_fp32(adv_logits), at_least_fp32(clean_logits), at_least_fp32(guidance_logits)
-    return _summed(
+    return _with_total(
         ce=F.cross_entropy(t, labels, label_smoothing=label_smoothing),
         logit=F.mse_loss(a, t),
         robust=beta * _batch_kl(n, a),
@@ -69,20 +73,20 @@ def lbgat(
 def trades(
     adv_logits: Tensor, clean_logits: Tensor, labels: Tensor, *, beta: float = 6.0, label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
-    """TRADES (Zhang et al. 2019): clean cross-entropy and beta times the divergence that the attack makes."""
+    """TRADES (Zhang et al. 2019): clean cross-entropy, and `beta` times KL(clean || adversarial)."""
     a, n = at_least_fp32(adv_logits), at_least_fp32(clean_logits)
-    return _summed(ce=F.cross_entropy(n, labels, label_smoothing=label_smoothing), robust=beta * _batch_kl(n, a))
+    return _with_total(ce=F.cross_entropy(n, labels, label_smoothing=label_smoothing), robust=beta * _batch_kl(n, a))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """On adversarial images adversarial training (Madry et al. 2018), on clean ones standard training."""
-    return _summed(ce=F.cross_entropy(at_least_fp32(logits), labels, label_smoothing=label_smoothing))
+    """Adversarial training on adversarial images (Madry et al. 2018), standard training on clean ones."""
+    return _with_total(ce=F.cross_entropy(at_least_fp32(logits), labels, label_smoothing=label_smoothing))
 
 
 def _batch_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q), summed over classes and averaged over the batch, as TRADES weighs it."""
+    """KL(p || q), summed over the classes and averaged over the batch, as in TRADES."""
     return F.kl_div(q_logits.log_softmax(1), p_logits.softmax(1), reduction="batchmean")
 
 
-def _summed(**terms: Tensor) -> dict[str, Tensor]:
+def _with_total(**terms: Tensor) -> dict[str, Tensor]:
     return {**terms, "total": torch.stack(list(terms.values())).sum()}

@@ -1,7 +1,8 @@
-"""Training methods as modules: the models inside, one batch in, the loss (`total`), its terms and accuracies out.
+"""Training methods as modules that hold their models.
 
-Each knows its attack (`perturb`) and its loss (`forward`); the training loop and DDP need no more of it. `model` is
-what is being trained for use, `guidance` helps and is thrown away.
+Each has an attack (`perturb`) and a loss (`forward`, from a batch to the loss `total`, its terms and the batch's
+accuracies); the training loop and DDP use nothing else. `model` is the target, the model that is trained for use;
+`guidance` only helps to train it.
 """
 
 from typing import TypedDict
@@ -13,8 +14,8 @@ from d2r_core.attacks import cag, pgd
 from d2r_core.training import losses
 
 
-class Attack(TypedDict):
-    """Linf radius and step in the images' units, and the number of steps."""
+class AttackParameters(TypedDict):
+    """Of an Linf attack: radius and step size in the images' units, and the number of steps."""
 
     eps: float
     step_size: float
@@ -22,7 +23,7 @@ class Attack(TypedDict):
 
 
 class Standard(nn.Module):
-    """Cross-entropy on clean images: how the guidance model is pretrained."""
+    """Cross-entropy on clean images; pretrains the guidance model."""
 
     def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class Standard(nn.Module):
         self.label_smoothing = label_smoothing
 
     def perturb(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """No attack: the clean images."""
+        """No attack: returns the clean images."""
         return x
 
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -41,9 +42,9 @@ class Standard(nn.Module):
 
 
 class AdversarialTraining(Standard):
-    """Cross-entropy on PGD's examples from a uniform start (Madry et al. 2018)."""
+    """Cross-entropy on PGD's examples, from a uniform random start (Madry et al. 2018)."""
 
-    def __init__(self, model: nn.Module, *, attack: Attack, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, *, attack: AttackParameters, label_smoothing: float = 0.0) -> None:
         super().__init__(model, label_smoothing=label_smoothing)
         self.attack = attack
 
@@ -53,13 +54,15 @@ class AdversarialTraining(Standard):
 
 
 class Trades(nn.Module):
-    """TRADES (Zhang et al. 2019): the attack and the loss look at the target's own clean distribution."""
+    """TRADES (Zhang et al. 2019): attack and loss compare with the target's own distribution on the clean images."""
 
-    def __init__(self, model: nn.Module, *, attack: Attack, beta: float, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, *, attack: AttackParameters, beta: float, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.model = model
         self.attack = attack
-        self.settings = {"beta": beta, "label_smoothing": label_smoothing}
+        self.loss_parameters = {"beta": beta, "label_smoothing": label_smoothing}
 
     def perturb(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         return cag.generate(self.model, self.model, x, noise=_normal(x, generator), **self.attack)
@@ -67,18 +70,20 @@ class Trades(nn.Module):
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
         clean_logits = self.model(x)
         adv_logits = self.model(x_adv)
-        return losses.trades(adv_logits, clean_logits, y, **self.settings) | _accuracies(clean_logits, adv_logits, y)
+        return losses.trades(adv_logits, clean_logits, y, **self.loss_parameters) | _accuracies(
+            clean_logits, adv_logits, y
+        )
 
 
 class Lbgat(nn.Module):
-    """LBGAT (Cui et al. 2021): TRADES' attack; the guidance's logits are the adversarial ones' aim."""
+    """LBGAT (Cui et al. 2021): TRADES' attack; the adversarial logits are fitted to the guidance's."""
 
     def __init__(
         self,
         model: nn.Module,
         guidance: nn.Module,
         *,
-        attack: Attack,
+        attack: AttackParameters,
         beta: float,
         label_smoothing: float = 0.0,
     ) -> None:
@@ -86,7 +91,7 @@ class Lbgat(nn.Module):
         self.model = model
         self.guidance = guidance
         self.attack = attack
-        self.settings = {"beta": beta, "label_smoothing": label_smoothing}
+        self.loss_parameters = {"beta": beta, "label_smoothing": label_smoothing}
 
     def perturb(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         return cag.generate(self.model, self.model, x, noise=_normal(x, generator), **self.attack)
@@ -94,14 +99,14 @@ class Lbgat(nn.Module):
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
         adv_logits = self.model(x_adv)
         clean_logits = self.model(x)
-        terms = losses.lbgat(adv_logits, clean_logits, self.guidance(x), y, **self.settings)
+        terms = losses.lbgat(adv_logits, clean_logits, self.guidance(x), y, **self.loss_parameters)
         return terms | _accuracies(clean_logits, adv_logits, y)
 
 
 class D2R(nn.Module):
-    """D2R loss on CAG's adversarial examples; trains target and guidance model together (arXiv 2506.07056).
+    """The D2R loss on CAG's adversarial examples; trains target and guidance model together (arXiv 2506.07056).
 
-    With `freeze_guidance` (not published) the guidance stays as pretrained, in eval mode.
+    With `freeze_guidance` (not published) the guidance model remains as pretrained, in eval mode.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class D2R(nn.Module):
         model: nn.Module,
         guidance: nn.Module,
         *,
-        attack: Attack,
+        attack: AttackParameters,
         clean_weight: float,
         adv_weight: float,
         label_smoothing: float = 0.0,
@@ -119,7 +124,11 @@ class D2R(nn.Module):
         self.model = model
         self.guidance = guidance
         self.attack = attack
-        self.settings = {"clean_weight": clean_weight, "adv_weight": adv_weight, "label_smoothing": label_smoothing}
+        self.loss_parameters = {
+            "clean_weight": clean_weight,
+            "adv_weight": adv_weight,
+            "label_smoothing": label_smoothing,
+        }
         self.freeze_guidance = freeze_guidance
         if freeze_guidance:
             guidance.eval().requires_grad_(False)
@@ -131,18 +140,18 @@ class D2R(nn.Module):
         return self
 
     def perturb(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """CAG's images for the clean ones x, (B, 3, H, W); `generator` draws the start's noise."""
+        """CAG's adversarial images for x, (B, 3, H, W) in [0, 1]; `generator` draws the noise of the start."""
         return cag.generate(self.model, self.guidance, x, noise=_normal(x, generator), **self.attack)
 
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
-        # Three passes in the published order: the target's BatchNorm sees the adversarial batch first, then the clean.
+        # Three passes in the published order: the target's BatchNorm sees the adversarial batch before the clean one.
         adv_logits = self.model(x_adv)
         clean_logits = self.model(x)
-        terms = losses.d2r(adv_logits, clean_logits, self.guidance(x), y, **self.settings)
+        terms = losses.d2r(adv_logits, clean_logits, self.guidance(x), y, **self.loss_parameters)
         return terms | _accuracies(clean_logits, adv_logits, y)
 
 
-Objective = Standard | Trades | Lbgat | D2R  # AdversarialTraining is a Standard with an attack
+TrainingMethod = Standard | Trades | Lbgat | D2R  # AdversarialTraining is a Standard with an attack
 
 
 def _normal(x: Tensor, generator: torch.Generator) -> Tensor:

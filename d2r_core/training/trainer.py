@@ -1,267 +1,296 @@
-"""The training loop: attack, loss, step, log. Methods differ in the objective alone."""
+"""The training loop: attack, loss, update, validation, log. Methods differ in attack and loss alone."""
 
-import hashlib
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from d2r_core import checkpoint, distributed, runtime
+from d2r_core import distributed, runtime
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.run import Attack, accuracy_under
-from d2r_core.data import Split, load_batch, shares
-from d2r_core.errors import UserError
+from d2r_core.data import Split, load_batch, rank_batches
 from d2r_core.interruption import Interrupted, stop_requests
-from d2r_core.training import awp, weight_average
-from d2r_core.training.methods import Objective
-from d2r_core.training.schedules import Schedule, factor
-
-Log = Callable[[Mapping[str, float], int], None]  # (metrics, epoch)
-LogStep = Callable[[Mapping[str, float], int, int, int], None]  # (means so far, epoch, step, steps of the epoch)
+from d2r_core.training import awp
+from d2r_core.training.checkpointer import Checkpointer
+from d2r_core.training.config import TrainingConfig
+from d2r_core.training.mean_metrics import MeanMetrics
+from d2r_core.training.methods import TrainingMethod
+from d2r_core.training.non_finite_guard import NonFiniteGuard
+from d2r_core.training.schedules import factor
+from d2r_core.training.weight_average import WeightAverage
 
 _LOG_SECONDS = 1.0  # between two calls of log_step, each of which waits for the device
+_SYNC_STEPS = 10  # between two exchanges of the ranks on stopping, saving and logging
+
+
+class Logger(Protocol):
+    """Receives the figures of a training, on rank 0 only."""
+
+    def log_epoch(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """The means, accuracies and rates of a finished epoch."""
+
+    def log_step(self, means: Mapping[str, float], epoch: int, step: int, steps: int) -> None:
+        """The means over the epoch so far, about once a second."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The checkpoint that did best on the validation split."""
+class BestCheckpoint:
+    """The weights with the highest accuracy on the validation split."""
 
-    epoch: int  # 0: the weights training started from
+    epoch: int  # 0: the initial weights
     metrics: dict[str, float]
     last_metrics: dict[str, float]  # of the last epoch: robust overfitting shows as a difference
     state: dict[str, Tensor]  # the model's state dict, on the CPU
 
 
-def fit(
-    objective: Objective,
-    train: Split,
-    validation: Split,
-    *,
-    device: torch.device,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    schedule: Schedule,
-    momentum: float,
-    weight_decay: float,
-    crop_padding: int,
-    flip: bool,
-    seed: int,
-    criteria: Mapping[str, Attack],
-    log: Log,
-    log_step: LogStep = lambda means, epoch, step, steps: None,
-    gradient_clip: float | None = None,
-    awp_gamma: float = 0.0,
-    awp_from_epoch: int = 1,
-    average: weight_average.Averaging = "none",
-    average_decay: float = 0.999,
-    average_from_epoch: int = 1,
-    precision: runtime.Precision = "fp32",
-    state_folder: Path | None = None,
-    save_minutes: float = 10.0,
-    max_minutes: float | None = None,
-) -> Kept:
-    """Train `objective` with SGD and keep the weights of its model that do best on `validation`.
+class Trainer:
+    """Trains a method's models with SGD and returns the weights of its `model` that do best on `validation`.
 
-    Under torchrun every process calls it alike and takes its share of each batch.
+    Under torchrun every process makes one and calls it alike; each takes its part of every batch. All random draws of
+    a step come from the seed, the epoch, the step and the rank, so a resumed training repeats the interrupted one.
 
     Args:
-        objective: on `device`; its `model` is validated and kept.
+        method: on `device`; its `model` is validated and returned.
         train, validation: on `device`, or on the host, from where batches are streamed.
-        batch_size: of a step, over all processes.
-        seed: decides order, crops, flips and the attack's noise, each step's on its own, so that a training continues
-            exactly where it stopped.
-        criteria: attacks on the validation split, by the name of the accuracy they give; the last one chooses the
-            checkpoint, and the later of two equal epochs wins.
-        log, log_step: get each epoch's means, accuracies and rates, and about once a second the means so far; on rank
-            0 only.
-        gradient_clip: largest norm of the gradient; None leaves it as it is.
-        awp_gamma: size of the adversarial weight perturbation (awp.perturbed); 0 for none.
-        average: from `average_from_epoch` on, an average of the model's weights is what is validated and kept.
-        state_folder: where the state is saved after each epoch and every `save_minutes`, and resumed from. The caller
-            names it after everything that the training depends on. None: no state.
-        max_minutes: save the state and stop after so long.
+        validation_attacks: by the name of the accuracy that they give on the validation split.
+        select_by: the accuracy that selects the checkpoint; the later of two equal epochs wins.
 
     Raises:
-        Interrupted: after SIGINT, SIGTERM or `max_minutes`, with the state saved.
-        UserError: the loss is not finite (before the optimizer's step), or the state cannot be written.
+        ValueError: `select_by` is none of the validation attacks.
     """
-    rank, world = distributed.rank(), distributed.world()
-    cpu = torch.device("cpu")
-    stream = runtime.generator(seed, device)
-    objective.to(memory_format=torch.channels_last)
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
-    averaged = weight_average.averaged(objective.model, average, average_decay)
-    parallel = distributed.wrapped(objective)
-    decisive = list(criteria)[-1]
 
-    def validate(model: nn.Module) -> dict[str, float]:
-        distributed.share_buffers(model)
-        return {
-            name: accuracy_under(
-                model,
-                validation,
-                attack,
-                EvaluationConfig(batch_size=batch_size // world, seed=seed, precision=precision, device=device),
-            )
-            for name, attack in criteria.items()
-        }
+    def __init__(
+        self,
+        method: TrainingMethod,
+        train: Split,
+        validation: Split,
+        config: TrainingConfig,
+        *,
+        device: torch.device,
+        validation_attacks: Mapping[str, Attack],
+        select_by: str,
+        logger: Logger | None = None,
+    ) -> None:
+        if select_by not in validation_attacks:
+            raise ValueError(f"select_by is {select_by!r}; validation attacks: {', '.join(validation_attacks)}.")
+        self.method, self.train, self.validation, self.config = method, train, validation, config
+        self.device = device
+        self.logger = logger if distributed.rank() == 0 else None
+        self.validation_attacks, self.select_by = validation_attacks, select_by
+        self.generator = runtime.generator(config.seed, device)
+        method.to(memory_format=torch.channels_last)
+        self.parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        averages = config.averaging.name != "none"
+        self.average = WeightAverage(method.model, config.averaging) if averages else None
+        self.ddp_method = distributed.wrap_ddp(method)
+        self.guard = NonFiniteGuard(self.optimizer, device)
+        self.metrics = MeanMetrics()  # of the current epoch
+        self.epoch, self.step = 0, 0  # the current epoch, from 1, and how many of its steps are done
+        self.steps = len(self._batches(torch.arange(len(train))))  # of an epoch
+        self.best: BestCheckpoint | None = None
+        self.next_log = 0.0
 
-    def candidate() -> nn.Module:
-        """What is validated and kept after an epoch: the model, or the average with its own BatchNorm statistics."""
-        if averaged is None or epoch < average_from_epoch:
-            return objective.model
-        indices = shares(torch.arange(len(train)), batch_size, rank=rank, world=world)
-        plain = (load_batch(train, index, device, padding=0, flip=False, generator=stream).images for index in indices)
-        weight_average.refresh_batch_norm(averaged, plain)
-        model: nn.Module = averaged.module
-        return model
+    def fit(self, checkpointer: Checkpointer | None = None, max_minutes: float | None = None) -> BestCheckpoint:
+        """Train for the configured epochs, or for what is left of them if `checkpointer` has a state.
 
-    def keep(epoch: int, model: nn.Module, metrics: dict[str, float]) -> Kept:
-        state = {name: tensor.detach().to(cpu, copy=True) for name, tensor in model.state_dict().items()}
-        return Kept(epoch, metrics, metrics, state)
+        The state is saved after each epoch, on interruption, and whenever the checkpointer says that it is due.
 
-    def save() -> None:
-        if state_folder is not None and rank == 0:
-            progress = {"epoch": epoch, "step": step, "sums": sums, "kept": asdict(kept)}
-            models = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-            averages = {} if averaged is None else {"averaged": averaged.state_dict()}
-            checkpoint.save_state(state_folder, progress | models | averages)
+        Raises:
+            Interrupted: after SIGINT, SIGTERM or `max_minutes`, with the state saved if there is a checkpointer.
+            UserError: the loss is not finite (raised before it changes a weight), or the state cannot be written.
+        """
+        state = checkpointer.load() if checkpointer else None
+        if state is not None:
+            self.load_state_dict(state)
+        else:
+            self._update_best(self.validate())
+            self.epoch = 1
+        with stop_requests(max_minutes) as stop_reason:
+            while self.epoch <= self.config.epochs:
+                start, first_step = time.monotonic(), self.step
+                means = self.train_epoch(stop_reason, checkpointer)
+                images = (self.step - first_step) * self.config.batch_size
+                rates = {
+                    "learning_rate": self.optimizer.param_groups[0]["lr"],
+                    "images_per_second": images / (time.monotonic() - start),
+                }
+                self._finish_average()
+                accuracies = self.validate()
+                if self.logger:
+                    self.logger.log_epoch({"loss": means.pop("total"), **means, **accuracies, **rates}, self.epoch)
+                self._update_best(accuracies)
+                self.epoch, self.step = self.epoch + 1, 0
+                self.metrics.reset()
+                if checkpointer:
+                    checkpointer.save(self.state_dict())
+        assert self.best is not None
+        return self.best
 
-    def update(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Attack, loss, step; returns the loss's terms."""
-        distributed.share_buffers(objective)  # the state holds rank 0's alone, and the attack depends on them
-        with runtime.autocast(device, precision):
-            x_adv = objective.perturb(x, y, stream)
+    def train_epoch(
+        self, stop_reason: Callable[[], str | None], checkpointer: Checkpointer | None = None
+    ) -> dict[str, float]:
+        """Train on the rest of the current epoch's batches; returns the means of the loss's terms over the epoch.
 
-        def loss(module: nn.Module) -> dict[str, Tensor]:
-            with runtime.autocast(device, precision):
-                terms: dict[str, Tensor] = module(x, x_adv, y)
-            return terms
+        Raises Interrupted between two steps once `stop_reason` returns a reason on any rank.
+        """
+        order_seed = runtime.derive_seed(self.config.seed, self.epoch)
+        order = torch.randperm(len(self.train), generator=runtime.generator(order_seed, torch.device("cpu")))
+        full_batch = self.config.batch_size // distributed.world()
+        self.method.train()
+        for indices in self._batches(order)[self.step :]:
+            self.step += 1
+            self._set_learning_rate()
+            x, y = self._load_batch(indices)
+            # An epoch's smaller last batch is not worth compiling for.
+            with runtime.eager(len(y) < full_batch and runtime.is_compiled(self.method.model)):
+                terms = self.train_step(x, y)
+            self.metrics.update(terms, len(y))
+            # Ranks must exchange at the same steps, and not at each: it takes a moment.
+            if distributed.world() == 1 or self.step % _SYNC_STEPS == 0 or self.step == self.steps:
+                self._log_save_or_stop(stop_reason, checkpointer)
+        return self.metrics.global_means()
 
-        optimizer.zero_grad(set_to_none=True)
-        perturbs = awp_gamma > 0 and epoch >= awp_from_epoch
-        with awp.perturbed(objective.model, lambda: loss(objective)["total"], awp_gamma) if perturbs else nullcontext():
-            terms = loss(parallel)
+    def train_step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Attack, loss and update on float images (B, 3, H, W) in [0, 1] and labels (B,); returns the loss's terms."""
+        # A saved state holds rank 0's BatchNorm statistics alone, and the attack depends on them.
+        distributed.broadcast_buffers(self.method)
+        with runtime.autocast(self.device, self.config.precision):
+            x_adv = self.method.perturb(x, y, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._perturbed_weights(x, x_adv, y):
+            terms = self._loss_terms(self.ddp_method, x, x_adv, y)
             terms["total"].backward()
-        if gradient_clip is not None:
-            nn.utils.clip_grad_norm_(trained, gradient_clip)
-        finite.guard(terms["total"], step)
-        optimizer.step()
+        if self.config.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        self.guard.before_step(terms["total"], self.step)
+        if self.device.type == "cpu":  # on a GPU the check would wait for the device; it is made now and then there
+            self.guard.check(self.epoch, self.steps)
+        self.optimizer.step()
+        if self.average:
+            self.average.update_after_step(self.method.model)
         return {name: term.detach() for name, term in terms.items()}
 
-    epoch, step = 1, 0  # step: how many of this epoch's are done
-    sums: dict[str, Tensor] = {}  # of the loss's terms over this epoch's images
-    # Rank 0 alone has the file, on a machine of several; and it writes the next one while others might still read.
-    found = checkpoint.load_state(state_folder, warnings.warn) if state_folder is not None and rank == 0 else None
-    state = distributed.from_first(found)
-    if state is None:
-        kept = keep(0, objective.model, validate(objective.model))
-    else:
-        epoch, step, kept = state["epoch"], state["step"], Kept(**state["kept"])
-        sums = {name: total.to(device) for name, total in state["sums"].items()}
-        objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-        if averaged is not None:
-            averaged.load_state_dict(state["averaged"])
+    def validate(self) -> dict[str, float]:
+        """The accuracy on the validation split, 0 to 1, under each validation attack."""
+        model = self.validated_model
+        distributed.broadcast_buffers(model)
+        config = EvaluationConfig(
+            batch_size=self.config.batch_size // distributed.world(),
+            seed=self.config.seed,
+            precision=self.config.precision,
+            device=self.device,
+        )
+        return {
+            name: accuracy_under(model, self.validation, attack, config)
+            for name, attack in self.validation_attacks.items()
+        }
 
-    with stop_requests(max_minutes) as stop_reason:
-        next_save, next_log = time.monotonic() + 60 * save_minutes, 0.0
-        while epoch <= epochs:
-            order = torch.randperm(len(train), generator=runtime.generator(_number(seed, epoch), cpu))
-            indices = shares(order, batch_size, rank=rank, world=world)
-            steps = len(indices)
-            objective.train()
-            finite = _Finite(optimizer, device, epoch, steps)
-            begun, first = time.monotonic(), step
-            for index in indices[first:]:
-                step += 1
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * factor(schedule, epoch, epochs, (step - 1) / steps)
-                stream.manual_seed(_number(seed, epoch, step, rank))
-                x, y = load_batch(train, index, device, padding=crop_padding, flip=flip, generator=stream)
-                # An epoch's smaller last batch is not worth compiling for.
-                with runtime.eager(len(y) < batch_size // world and runtime.is_compiled(objective.model)):
-                    terms = update(x, y)
-                if averaged is not None and average == "ema":
-                    averaged.update_parameters(objective.model)
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, torch.zeros_like(term)) + term * len(y)
-                if time.monotonic() >= next_log or step == steps:
-                    finite.check()
-                    if rank == 0:
-                        log_step(_means(sums, min(step * batch_size, len(train)) / world), epoch, step, steps)
-                    next_log = time.monotonic() + _LOG_SECONDS
-                # Every tenth step: asking the other ranks takes a moment, and all must ask at the same step.
-                asks = world == 1 or step % 10 == 0 or step == steps
-                reason = distributed.first_of(stop_reason()) if asks else None
-                if reason or time.monotonic() >= next_save:
-                    finite.check()
-                    save()
-                    next_save = time.monotonic() + 60 * save_minutes
-                if reason:
-                    saved = f"the state after epoch {epoch}, step {step} of {steps} is saved: run it again to continue"
-                    raise Interrupted(f"{reason}; {saved if state_folder is not None else 'no state was kept'}.")
-            means = _means(
-                {name: distributed.summed(total) for name, total in sums.items()}, sum(map(len, indices)) * world
+    @property
+    def validated_model(self) -> nn.Module:
+        """What is validated and returned: the averaged model from its epoch on, else the method's model."""
+        if self.average and self.epoch >= self.config.averaging.from_epoch:
+            return self.average.model
+        return self.method.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on; tensors are not copied."""
+        assert self.best is not None
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "metrics": self.metrics.state_dict(),
+            "best": dict(vars(self.best)),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        return state | ({"average": self.average.state_dict()} if self.average else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, tensors on any device."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.metrics.load_state_dict(state["metrics"], self.device)
+        self.best = BestCheckpoint(**state["best"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+
+    def _batches(self, order: Tensor) -> list[Tensor]:
+        """This rank's part of each batch of an epoch in this order of images, as indices."""
+        return rank_batches(order, self.config.batch_size, rank=distributed.rank(), world=distributed.world())
+
+    def _load_batch(self, indices: Tensor) -> Split:
+        """These images for the current step, augmented; all random draws of the step follow from its own seed."""
+        padding, flip, generator = self.config.crop_padding, self.config.flip, self.generator
+        generator.manual_seed(runtime.derive_seed(self.config.seed, self.epoch, self.step, distributed.rank()))
+        return load_batch(self.train, indices, self.device, padding=padding, flip=flip, generator=generator)
+
+    def _set_learning_rate(self) -> None:
+        scale = factor(self.config.schedule, self.epoch, self.config.epochs, (self.step - 1) / self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * scale
+
+    def _loss_terms(self, method: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
+        with runtime.autocast(self.device, self.config.precision):
+            terms: dict[str, Tensor] = method(x, x_adv, y)
+        return terms
+
+    def _perturbed_weights(self, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[None]:
+        """The block in which gradients are taken: at adversarially perturbed weights, if that is configured."""
+        perturbation = self.config.weight_perturbation
+        if perturbation.gamma == 0 or self.epoch < perturbation.from_epoch:
+            return nullcontext()
+        return awp.perturbed(
+            self.method.model, lambda: self._loss_terms(self.method, x, x_adv, y)["total"], perturbation.gamma
+        )
+
+    def _log_save_or_stop(self, stop_reason: Callable[[], str | None], checkpointer: Checkpointer | None) -> None:
+        """After a step, on all ranks at once."""
+        reason = distributed.first_not_none(stop_reason())
+        log_is_due = time.monotonic() >= self.next_log or self.step == self.steps
+        save_is_due = checkpointer is not None and checkpointer.is_due()
+        if log_is_due or save_is_due or reason or distributed.world() > 1:  # clocks differ, and all ranks must raise
+            self.guard.check(self.epoch, self.steps)
+        if log_is_due and self.logger:
+            self.logger.log_step(self.metrics.local_means(), self.epoch, self.step, self.steps)
+        if log_is_due:
+            self.next_log = time.monotonic() + _LOG_SECONDS
+        if checkpointer and (save_is_due or reason):
+            checkpointer.save(self.state_dict())
+        if reason:
+            position = f"epoch {self.epoch}, step {self.step} of {self.steps}"
+            saved = f"the state after {position} is saved: run it again to continue" if checkpointer else "not saved"
+            raise Interrupted(f"{reason}; {saved}.")
+
+    def _finish_average(self) -> None:
+        """After an epoch: update the average and give it BatchNorm statistics, on the unaugmented training images."""
+        if self.average is None:
+            return
+        self.average.update_after_epoch(self.method.model, self.epoch)
+        if self.validated_model is self.average.model:
+            batches = (
+                load_batch(self.train, indices, self.device, padding=0, flip=False, generator=self.generator)
+                for indices in self._batches(torch.arange(len(self.train)))
             )
-            seconds = time.monotonic() - begun
-            rates = {
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "images_per_second": (steps - first) * batch_size / seconds,
-            }
-            if averaged is not None and average == "swa" and epoch >= average_from_epoch:
-                averaged.update_parameters(objective.model)
-            model = candidate()
-            accuracies = validate(model)
-            if rank == 0:
-                log({"loss": means.pop("total"), **means, **accuracies, **rates}, epoch)
-            best = epoch == 1 or accuracies[decisive] >= kept.metrics[decisive]
-            kept = keep(epoch, model, accuracies) if best else replace(kept, last_metrics=accuracies)
-            epoch, step, sums = epoch + 1, 0, {}
-            save()
-    return kept
+            self.average.refresh_batch_norm(batch.images for batch in batches)
 
-
-class _Finite:
-    """Keeps a loss that is not finite out of the weights, without waiting for the device at every step.
-
-    On the device the optimizer skips every step from the first bad loss on; `check`, called now and then, names it.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, epoch: int, steps: int) -> None:
-        self.optimizer = optimizer
-        self.first_bad = torch.zeros((), device=device)
-        self.epoch, self.steps = epoch, steps
-
-    def guard(self, loss: Tensor, step: int) -> None:
-        """Before the optimizer's step: make it skip if this or an earlier loss of the epoch is not finite."""
-        bad_now = ~torch.isfinite(loss.detach())
-        self.first_bad = torch.where((self.first_bad == 0) & bad_now, float(step), self.first_bad)
-        self.optimizer.found_inf = (self.first_bad > 0).float()  # type: ignore[attr-defined]
-        if loss.device.type == "cpu":
-            self.check()
-
-    def check(self) -> None:
-        """Raise UserError if a loss was not finite; waits for the device."""
-        bad = int(self.first_bad)
-        if bad:
-            raise UserError(
-                f"epoch {self.epoch}, step {bad} of {self.steps}: the loss is not finite. Training stopped before this "
-                "step changed the weights. A lower learning_rate, or gradient_clip, usually helps."
-            )
-
-
-def _means(sums: Mapping[str, Tensor], images: float) -> dict[str, float]:
-    return {name: float(total) / images for name, total in sums.items()}
-
-
-def _number(*key: int) -> int:
-    """A seed for the random stream of that name, so that no two streams of a training are alike."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+    def _update_best(self, metrics: dict[str, float]) -> None:
+        """Copy the validated weights if they are the best so far; the first epoch's always replace the initial ones."""
+        best = self.best
+        if best and self.epoch > 1 and metrics[self.select_by] < best.metrics[self.select_by]:
+            self.best = replace(best, last_metrics=metrics)
+            return
+        state = self.validated_model.state_dict()
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        self.best = BestCheckpoint(self.epoch, metrics, metrics, copied)

@@ -16,9 +16,9 @@ from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.run import run_attack
 from d2r_core.interruption import Interrupted
 from d2r_core.runtime import Compile, Precision
-from d2r_core.training.methods import D2R, Attack
+from d2r_core.training.methods import D2R, AttackParameters
 
-ATTACK: Attack = {"eps": 0.031, "step_size": 0.007, "steps": 5}
+ATTACK: AttackParameters = {"eps": 0.031, "step_size": 0.007, "steps": 5}
 
 if not torch.cuda.is_available():
     if __name__ == "__main__":
@@ -29,15 +29,15 @@ if not torch.cuda.is_available():
 GPU = torch.device("cuda")
 
 
-def objective(device: torch.device, *, compile: Compile = "off", precision: Precision = "fp32") -> D2R:
+def d2r(device: torch.device, *, compile: Compile = "off", precision: Precision = "fp32") -> D2R:
     """The published architectures with the same weights on every device."""
     torch.manual_seed(0)
     pair = models.build("preact_resnet18", num_classes=10), models.build("resnet18", num_classes=10)
-    made = D2R(*pair, attack=ATTACK, clean_weight=20.0, adv_weight=30.0)
-    made.to(device).to(memory_format=torch.channels_last)
+    method = D2R(*pair, attack=ATTACK, clean_weight=20.0, adv_weight=30.0)
+    method.to(device).to(memory_format=torch.channels_last)
     runtime.set_precision(precision)
-    runtime.compile_models(made, compile=compile, device=device)
-    return made.train()
+    runtime.compile_models(method, compile=compile, device=device)
+    return method.train()
 
 
 def batch(device: torch.device, count: int = 64) -> tuple[Tensor, Tensor]:
@@ -46,11 +46,11 @@ def batch(device: torch.device, count: int = 64) -> tuple[Tensor, Tensor]:
     return x.to(device, memory_format=torch.channels_last), y.to(device)
 
 
-def loss_and_gradient(made: D2R, x: Tensor, x_adv: Tensor, y: Tensor, precision: Precision) -> tuple[float, Tensor]:
+def loss_and_gradient(method: D2R, x: Tensor, x_adv: Tensor, y: Tensor, precision: Precision) -> tuple[float, Tensor]:
     with runtime.autocast(x.device, precision):
-        total = made(x, x_adv, y)["total"]
+        total = method(x, x_adv, y)["total"]
     total.backward()
-    gradients = [parameter.grad.flatten() for parameter in made.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad.flatten() for parameter in method.parameters() if parameter.grad is not None]
     return float(total.detach()), torch.cat(gradients).double().cpu()
 
 
@@ -59,19 +59,19 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def test_fp32_agrees_with_the_cpu() -> None:
-    found = []
+    results = []
     for device in (torch.device("cpu"), GPU):
         x, y = batch(device, 16)
-        found.append(loss_and_gradient(objective(device), x, (x + 0.02).clamp(0, 1), y, "fp32"))
-    (cpu_loss, cpu_gradient), (gpu_loss, gpu_gradient) = found
+        results.append(loss_and_gradient(d2r(device), x, (x + 0.02).clamp(0, 1), y, "fp32"))
+    (cpu_loss, cpu_gradient), (gpu_loss, gpu_gradient) = results
     assert abs(gpu_loss - cpu_loss) < 1e-4 * abs(cpu_loss), (gpu_loss, cpu_loss)
     assert cosine(cpu_gradient, gpu_gradient) > 0.9999
 
 
 def test_each_faster_way_stays_near_eager_fp32() -> None:
     x, y = batch(GPU)
-    x_adv = objective(GPU).perturb(x, y, runtime.generator(0, GPU))
-    true_loss, true_gradient = loss_and_gradient(objective(GPU), x, x_adv, y, "fp32")
+    x_adv = d2r(GPU).perturb(x, y, runtime.generator(0, GPU))
+    true_loss, true_gradient = loss_and_gradient(d2r(GPU), x, x_adv, y, "fp32")
     ways: list[tuple[Compile, Precision, float, float]] = [
         ("on", "fp32", 1e-3, 0.999),
         ("off", "tf32", 1e-2, 0.99),
@@ -79,8 +79,8 @@ def test_each_faster_way_stays_near_eager_fp32() -> None:
         ("on", "bf16", 5e-2, 0.9),
     ]
     for compile, precision, tolerance, alike in ways:
-        made = objective(GPU, compile=compile, precision=precision)
-        loss, gradient = loss_and_gradient(made, x, x_adv, y, precision)
+        method = d2r(GPU, compile=compile, precision=precision)
+        loss, gradient = loss_and_gradient(method, x, x_adv, y, precision)
         assert abs(loss - true_loss) < tolerance * abs(true_loss), (compile, precision, loss, true_loss)
         assert cosine(true_gradient, gradient) > alike, (compile, precision, cosine(true_gradient, gradient))
 
@@ -90,8 +90,8 @@ def test_images_stay_in_the_ball_in_every_precision() -> None:
     ways: list[tuple[Compile, Precision]] = [("off", "fp32"), ("off", "bf16"), ("on", "bf16")]
     for compile, precision in ways:
         with runtime.autocast(GPU, precision):
-            made = objective(GPU, compile=compile, precision=precision)
-            x_adv = made.perturb(x, y, runtime.generator(0, GPU))
+            method = d2r(GPU, compile=compile, precision=precision)
+            x_adv = method.perturb(x, y, runtime.generator(0, GPU))
         assert x_adv.dtype == torch.float32
         assert float((x_adv - x).abs().max()) <= ATTACK["eps"] + 1e-6
         assert float(x_adv.min()) >= 0
@@ -99,16 +99,16 @@ def test_images_stay_in_the_ball_in_every_precision() -> None:
 
 
 def test_a_step_does_not_wait_for_the_device() -> None:
-    made = objective(GPU, precision="bf16")
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9, fused=True)
+    method = d2r(GPU, precision="bf16")
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9, fused=True)
     x, y = batch(GPU)
     stream = runtime.generator(0, GPU)
 
     def step() -> None:
         with runtime.autocast(GPU, "bf16"):
-            x_adv = made.perturb(x, y, stream)
+            x_adv = method.perturb(x, y, stream)
             optimizer.zero_grad(set_to_none=True)
-            total = made(x, x_adv, y)["total"]
+            total = method(x, x_adv, y)["total"]
         total.backward()
         optimizer.step()
 
@@ -133,9 +133,9 @@ def test_a_streamed_batch_is_the_resident_one() -> None:
 
 def test_an_interrupted_training_learns_as_well() -> None:
     def train(**changes: Any) -> float:
-        made = toy.d2r().to(GPU)
-        kept, _ = toy.fit(made, device=GPU, epochs=6, precision="bf16", **changes)
-        return kept.metrics["robust_accuracy"]
+        method = toy.d2r().to(GPU)
+        best, _ = toy.fit(method, device=GPU, epochs=6, precision="bf16", **changes)
+        return best.metrics["robust_accuracy"]
 
     whole = train()
     with TemporaryDirectory() as folder:

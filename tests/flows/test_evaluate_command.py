@@ -86,7 +86,7 @@ def save_wrong_files() -> None:
         (["text.pt", *OPTIONS], r"text\.pt: cannot be read as weights \(it is no checkpoint\)"),
         (["empty.pt", *OPTIONS], r"empty\.pt: holds no weights"),
         (["pickle.pt", *OPTIONS], r"it is a pickle that asks for pathlib\.\w+, and code from a file is never run"),
-        (["7.pt", *OPTIONS], r"7\.pt: tells 7 classes apart, not 10 as the data has"),
+        (["7.pt", *OPTIONS], r"7\.pt: has 7 classes, not 10 as the data has"),
         (["right.pt", "--architecture", "preact_resnet18"], r"does not fit PreActResNet18: it lacks layer1\.0"),
         (["right.pt"], r"right\.pt: has no JSON beside it, so its architecture must be given: --architecture"),
         (["right.pt", "--architecture", "wide_resnet"], r"wide_resnet needs --depth and --widen-factor"),

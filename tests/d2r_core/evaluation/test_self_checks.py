@@ -25,8 +25,9 @@ from d2r_core.attacks.run import adversarial_images, run_attack
 from d2r_core.data import Split
 from d2r_core.evaluation import curves, self_checks
 from d2r_core.evaluation.self_checks import SELF_CHECKS, SelfCheck, run_self_checks
-from d2r_core.training import trainer
+from d2r_core.training.config import TrainingConfig
 from d2r_core.training.methods import AdversarialTraining, Standard
+from d2r_core.training.trainer import Trainer
 
 EPS = 0.15
 IMAGES = 60
@@ -57,11 +58,7 @@ def trained() -> Trained:
             nn.Flatten(),
             nn.Linear(128, 10),
         )
-        kept = trainer.fit(
-            make(model),
-            split,
-            test,
-            device=CPU,
+        config = TrainingConfig(
             epochs=epochs,
             batch_size=64,
             learning_rate=0.1,
@@ -71,10 +68,12 @@ def trained() -> Trained:
             crop_padding=0,
             flip=False,
             seed=0,
-            criteria={"clean_accuracy": Clean()},
-            log=lambda metrics, epoch: None,
         )
-        model.load_state_dict(kept.state)
+        attacks = {"clean_accuracy": Clean()}
+        trainer = Trainer(
+            make(model), split, test, config, device=CPU, validation_attacks=attacks, select_by="clean_accuracy"
+        )
+        model.load_state_dict(trainer.fit().state)
         return model.eval()
 
     def adversarially(model: nn.Module) -> Standard:

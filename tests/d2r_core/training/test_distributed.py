@@ -47,8 +47,8 @@ def results(folder: Path, name: str) -> list[Any]:
 
 
 def test_gradients_are_the_mean_of_the_shards(tmp_path: Path) -> None:
-    done = work("gradients", tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = work("gradients", tmp_path)
+    assert process.returncode == 0, process.stderr
     (alone0, together0), (alone1, together1) = results(tmp_path, "gradients")
     assert any((first - second).abs().max() > 1e-3 for first, second in zip(alone0, alone1, strict=True))
     for first, second, mean0, mean1 in zip(alone0, alone1, together0, together1, strict=True):
@@ -59,13 +59,13 @@ def test_gradients_are_the_mean_of_the_shards(tmp_path: Path) -> None:
 def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(tmp_path: Path) -> None:
     whole = work("train", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    (weights0, kept, logged), (weights1, kept1, logged1) = results(tmp_path / "whole", "trained")
+    (weights0, best, logged), (weights1, best1, logged1) = results(tmp_path / "whole", "trained")
     assert [row["epoch"] for row in logged] == [1, 2, 3]
     assert logged1 == [], "rank 0 alone logs"
     for name, tensor in weights0.items():
         if "running" not in name:  # BatchNorm's statistics are each rank's own between two validations
             assert torch.equal(tensor, weights1[name]), name
-    assert all(torch.equal(kept[name], kept1[name]) for name in kept)
+    assert all(torch.equal(best[name], best1[name]) for name in best)
 
     killed = work("dies", tmp_path / "killed", "--max-restarts=0")
     assert killed.returncode != 0
@@ -74,10 +74,19 @@ def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(tmp_path: Path) ->
     assert restarted.returncode == 0, restarted.stderr
     assert "SIGKILL" in restarted.stderr or "exitcode: -9" in restarted.stderr
     (again0, resumed, logged), (again1, _, _) = results(tmp_path / "restarted", "trained")
-    assert [row["epoch"] for row in logged] == [2, 3], "the epochs after the one whose state was found"
-    assert all(torch.equal(kept[name], resumed[name]) for name in kept)
+    assert [row["epoch"] for row in logged] == [2, 3], "the epochs after the one whose state was saved"
+    assert all(torch.equal(best[name], resumed[name]) for name in best)
     for undisturbed, again in ((weights0, again0), (weights1, again1)):
         assert all(torch.equal(tensor, again[name]) for name, tensor in undisturbed.items())
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_step(tmp_path: Path) -> None:
+    process = work("diverge", tmp_path)
+    assert process.returncode == 0, process.stderr
+    for message, steps, before, after in results(tmp_path, "diverged"):
+        assert message.startswith("epoch 2, step 2 of 4: the loss is not finite.")
+        assert steps == 6, "raised at the same step, not later"
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 def test_a_stage_under_torchrun_writes_what_one_process_would(
@@ -89,9 +98,9 @@ def test_a_stage_under_torchrun_writes_what_one_process_would(
     shape = {"num_classes": len(manifest["classes"]), "image_size": manifest["image_size"]}
     architecture = {**settings.pretrain.architecture.model_dump(), **shape}
     checkpoint.save(paths.guidance, models.build(**architecture), {"architecture": architecture})
-    done = torchrun(tmp_path, "-m", "tasks.train")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("train: kept epoch 1 of 1") == 1
+    process = torchrun(tmp_path, "-m", "tasks.train")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("train: best epoch 1 of 1") == 1
     assert sorted(path.name for path in paths.target.parent.iterdir()) == [
         *("guidance.json", "guidance.safetensors", "target.json", "target.safetensors"),
     ]

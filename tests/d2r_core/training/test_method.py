@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from d2r_core.attacks import cag
 from d2r_core.training import losses
-from d2r_core.training.methods import D2R, Attack
+from d2r_core.training.methods import D2R, AttackParameters
 
 RECORDED = np.load(Path(__file__).parents[2] / "reference/d2r_steps.npz")
 CASES = sorted({name.split("/")[0] for name in RECORDED.files})
@@ -76,10 +76,10 @@ def test_cag_makes_the_recorded_examples(case: Case) -> None:
 
 
 def test_one_training_step_has_the_recorded_loss_gradients_and_statistics(case: Case) -> None:
-    attack: Attack = {"eps": case.attack["eps"], "step_size": case.attack["step_size"], "steps": case.steps}
-    objective = D2R(case.target, case.guidance, attack=attack, clean_weight=20.0, adv_weight=30.0)
+    attack: AttackParameters = {"eps": case.attack["eps"], "step_size": case.attack["step_size"], "steps": case.steps}
+    method = D2R(case.target, case.guidance, attack=attack, clean_weight=20.0, adv_weight=30.0)
     x_adv = cag.generate(case.target, case.guidance, case.x, noise=case["noise"], **attack)
-    terms = objective(case.x, x_adv, case.y)
+    terms = method(case.x, x_adv, case.y)
     terms["total"].backward()
     torch.testing.assert_close(terms["total"].detach(), case["loss"].squeeze(), rtol=1e-12, atol=1e-12)
     for role, model in (("target", case.target), ("guidance", case.guidance)):

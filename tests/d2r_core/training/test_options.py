@@ -1,4 +1,4 @@
-"""The quality options and the rival methods, each against its definition."""
+"""The quality options and the baseline methods, each against its definition."""
 
 from typing import Any
 
@@ -9,8 +9,10 @@ import toy
 
 from d2r_core import data, runtime
 from d2r_core.attacks import Clean
-from d2r_core.training import awp, losses, methods, schedules, weight_average
-from d2r_core.training.methods import AdversarialTraining, Lbgat, Objective, Standard, Trades
+from d2r_core.training import awp, losses, methods, schedules
+from d2r_core.training.config import Averaging, WeightPerturbation
+from d2r_core.training.methods import AdversarialTraining, Lbgat, Standard, Trades, TrainingMethod
+from d2r_core.training.weight_average import WeightAverage
 
 METHODS: dict[str, Any] = {
     "d2r": toy.d2r,
@@ -24,17 +26,17 @@ METHODS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def standard() -> float:
     """Robust accuracy of standard training."""
-    kept, logged = toy.fit(Standard(toy.network(0)), epochs=8)
-    assert kept.metrics["clean_accuracy"] > 0.95
+    best, logged = toy.fit(Standard(toy.network(0)), epochs=8)
+    assert best.metrics["clean_accuracy"] > 0.95
     assert "batch_accuracy" in logged[0]
     return logged[-1]["robust_accuracy"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_far_more_robust_than_standard_training(method: str, standard: float) -> None:
-    kept, logged = toy.fit(METHODS[method](), epochs=20)
-    assert kept.metrics["robust_accuracy"] > 0.85
-    assert kept.metrics["robust_accuracy"] > standard + 0.3
+    best, logged = toy.fit(METHODS[method](), epochs=20)
+    assert best.metrics["robust_accuracy"] > 0.85
+    assert best.metrics["robust_accuracy"] > standard + 0.3
     assert logged[-1]["loss"] < logged[0]["loss"]
 
 
@@ -43,7 +45,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return data.to_float(images), labels
 
 
-def test_the_rivals_losses_are_their_papers() -> None:
+def test_the_baselines_losses_are_those_of_their_papers() -> None:
     torch.manual_seed(0)
     a, n, t = (torch.randn(5, 4, dtype=torch.float64) for _ in range(3))
     y = torch.tensor([0, 1, 2, 3, 0])
@@ -90,25 +92,27 @@ def test_awp_takes_the_gradient_where_the_weights_are_worst_and_puts_them_back()
 
 def test_the_averages_are_their_definitions_and_batch_norm_is_their_own() -> None:
     model = toy.network(0)
-    ema, swa = weight_average.averaged(model, "ema", 0.9), weight_average.averaged(model, "swa", 0.9)
-    assert ema is not None
-    assert swa is not None
+    ema, swa = (
+        WeightAverage(model, averaging)
+        for averaging in (Averaging(name="ema", decay=0.9), Averaging(name="swa", from_epoch=2))
+    )
     weights = []
     for step in range(3):
         with torch.no_grad():
             model.get_parameter("fc.weight").add_(step + 1.0)
         weights.append(model.get_parameter("fc.weight").detach().clone())
-        ema.update_parameters(model)
-        swa.update_parameters(model)
-    torch.testing.assert_close(swa.get_parameter("module.fc.weight").detach(), torch.stack(weights).mean(0))
+        for average in (ema, swa):
+            average.update_after_step(model)
+            average.update_after_epoch(model, step + 1)
+    torch.testing.assert_close(swa.model.get_parameter("fc.weight").detach(), torch.stack(weights[1:]).mean(0))
     expected = weights[0]
     for weight in weights[1:]:
         expected = 0.9 * expected + 0.1 * weight
-    torch.testing.assert_close(ema.get_parameter("module.fc.weight").detach(), expected)
+    torch.testing.assert_close(ema.model.get_parameter("fc.weight").detach(), expected)
     x, _ = batch()
-    weight_average.refresh_batch_norm(ema, [x])
+    ema.refresh_batch_norm([x])
     torch.testing.assert_close(
-        ema.get_buffer("module.block1.layer.0.bn1.running_mean"),
+        ema.model.get_buffer("block1.layer.0.bn1.running_mean"),
         model.get_submodule("conv1")(x).mean((0, 2, 3)).detach(),
     )
 
@@ -116,30 +120,30 @@ def test_the_averages_are_their_definitions_and_batch_norm_is_their_own() -> Non
 @pytest.mark.parametrize(
     "options",
     [
-        {"average": "ema", "average_decay": 0.9},
-        {"average": "swa", "average_from_epoch": 4},
-        {"awp_gamma": 0.005},
+        {"averaging": Averaging(name="ema", decay=0.9)},
+        {"averaging": Averaging(name="swa", from_epoch=4)},
+        {"weight_perturbation": WeightPerturbation(gamma=0.005)},
         {"gradient_clip": 1.0},
         {"schedule": "one_cycle"},
         {"schedule": "cosine"},
     ],
-    ids=lambda options: "-".join(f"{value}" for value in options.values()),
+    ids=["ema", "swa", "weight-perturbation", "gradient-clip", "one-cycle", "cosine"],
 )
 def test_d2r_learns_with_every_option(options: dict[str, Any]) -> None:
-    kept, _ = toy.fit(toy.d2r(), epochs=20, **options)
-    assert kept.metrics["robust_accuracy"] > 0.85
+    best, _ = toy.fit(toy.d2r(), epochs=20, **options)
+    assert best.metrics["robust_accuracy"] > 0.85
 
 
 def test_a_frozen_guidance_does_not_move() -> None:
     guidance = toy.network(100)
-    kept, _ = toy.fit(Standard(guidance), epochs=4)
-    guidance.load_state_dict(kept.state)
-    objective = methods.D2R(
+    best, _ = toy.fit(Standard(guidance), epochs=4)
+    guidance.load_state_dict(best.state)
+    method = methods.D2R(
         toy.network(0), guidance, attack=toy.ATTACK, clean_weight=20.0, adv_weight=30.0, freeze_guidance=True
     )
-    robust, _ = toy.fit(objective, epochs=10)
+    robust, _ = toy.fit(method, epochs=10)
     for name, tensor in guidance.state_dict().items():
-        assert torch.equal(tensor, kept.state[name]), name
+        assert torch.equal(tensor, best.state[name]), name
     assert robust.metrics["robust_accuracy"] > 0.85
 
 
@@ -148,6 +152,14 @@ def test_the_gradient_is_clipped_to_the_norm() -> None:
     before = model.get_parameter("fc.bias").detach().clone()
     toy.fit(Standard(model), epochs=1, gradient_clip=1e-9, weight_decay=0.0, momentum=0.0)
     torch.testing.assert_close(model.get_parameter("fc.bias").detach(), before, rtol=0, atol=1e-8)
+
+
+def test_the_step_schedule_is_the_published_one() -> None:
+    factors = [schedules.factor("step", epoch, 100) for epoch in range(1, 101)]
+    assert factors[0] == 0.2
+    assert set(factors[1:75]) == {1.0}
+    assert set(factors[75:90]) == {0.1}
+    assert set(factors[90:]) == {0.01}
 
 
 def test_cosine_and_one_cycle_are_their_curves() -> None:
@@ -160,11 +172,11 @@ def test_cosine_and_one_cycle_are_their_curves() -> None:
 
 def test_a_compiled_training_agrees_with_an_eager_one() -> None:
     def trained(compile: runtime.Compile) -> torch.Tensor:
-        objective: Objective = Standard(toy.network(0))
-        runtime.compile_models(objective, compile=compile, device=toy.CPU)
-        assert runtime.is_compiled(objective.model) == (compile == "on")
-        kept, _ = toy.fit(objective, epochs=1, batch_size=60, criteria={"clean_accuracy": Clean()})
-        return kept.state["fc.weight"]
+        method: TrainingMethod = Standard(toy.network(0))
+        runtime.compile_models(method, compile=compile, device=toy.CPU)
+        assert runtime.is_compiled(method.model) == (compile == "on")
+        best, _ = toy.fit(method, epochs=1, batch_size=60, validation_attacks={"clean_accuracy": Clean()})
+        return best.state["fc.weight"]
 
     torch.testing.assert_close(trained("on"), trained("off"), rtol=1e-3, atol=1e-4)
 

@@ -20,7 +20,7 @@ import toy
 from d2r_core import checkpoint, data, files
 from d2r_core.errors import UserError
 from d2r_core.interruption import Interrupted
-from d2r_core.training import trainer
+from d2r_core.training.trainer import BestCheckpoint
 from tasks import pretrain
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
@@ -68,20 +68,20 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_it_came_in_and_a_rerun_continues(tmp_path: Path, number: signal.Signals) -> None:
     whole, _ = toy.fit(toy.d2r())
-    objective = toy.d2r()
-    attack, steps = objective.perturb, iter(range(1, 100))
+    method = toy.d2r()
+    attack, steps = method.perturb, iter(range(1, 100))
 
     def perturb(*arguments: Any) -> torch.Tensor:
         if next(steps) == 7:
             os.kill(os.getpid(), number)
         return attack(*arguments)
 
-    objective.perturb = perturb  # type: ignore[method-assign, assignment]
+    method.perturb = perturb  # type: ignore[method-assign, assignment]
     with pytest.raises(
         Interrupted,
         match=rf"stopped by {number.name}; the state after epoch 2, step 3 of 4 is saved: run it again to continue",
     ):
-        toy.fit(objective, state_folder=tmp_path)
+        toy.fit(method, state_folder=tmp_path)
     continued, logged = toy.fit(toy.d2r(), state_folder=tmp_path)
     assert [row["epoch"] for row in logged] == [2, 3]
     assert same(continued.state, whole.state)
@@ -114,14 +114,14 @@ def test_a_damaged_state_is_reported_and_the_one_before_it_used(tmp_path: Path) 
     assert same(continued.state, whole.state)
 
 
-def train_on_a_full_disk(state_folder: Path, size: int, said: Path) -> None:
+def train_on_a_full_disk(state_folder: Path, size: int, message: Path) -> None:
     """The system refuses whatever makes a file larger than `size` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:
         toy.fit(toy.d2r(), state_folder=state_folder)
     except UserError as error:
-        said.write_text(str(error))
+        message.write_text(str(error))
 
 
 def test_a_full_disk_stops_with_the_last_state_intact(tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_a_full_disk_stops_with_the_last_state_intact(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in state.iterdir()}
     half = len(before["latest.pt"]) // 2
     child = multiprocessing.get_context("forkserver").Process(
-        target=train_on_a_full_disk, args=(state, half, tmp_path / "said")
+        target=train_on_a_full_disk, args=(state, half, tmp_path / "message")
     )
     child.start()
     child.join()
-    assert "latest.pt: the training state cannot be written (File too large)." in (tmp_path / "said").read_text()
+    assert "latest.pt: the training state cannot be written (File too large)." in (tmp_path / "message").read_text()
     assert {path.name: path.read_bytes() for path in state.iterdir()} == before
     continued, logged = toy.fit(toy.d2r(), state_folder=state)
     assert [row["epoch"] for row in logged] == [3]
@@ -146,7 +146,7 @@ def test_a_state_holds_no_code(tmp_path: Path) -> None:
     toy.fit(toy.d2r(), state_folder=tmp_path, epochs=1)
     state = checkpoint.load_state(tmp_path, print)
     assert state is not None
-    assert isinstance(trainer.Kept(**state["kept"]), trainer.Kept)
+    assert isinstance(BestCheckpoint(**state["best"]), BestCheckpoint)
 
 
 def test_a_state_of_other_settings_data_or_code_is_never_continued(

@@ -20,7 +20,7 @@ from registry_project import NAME, Project, files_of, images, logits, make_proje
 from d2r_core import checkpoint
 from tasks.config.settings import Settings
 from tasks.registry import versions
-from tasks.training.metrics_log import Progress
+from tasks.training.metrics_log import MetricsLog
 
 
 @pytest.fixture
@@ -44,10 +44,10 @@ def test_runs_get_the_points_that_they_missed(project: Project) -> None:
     client = mlflow.MlflowClient()
     client.update_run(pretrained_in, status="RUNNING")  # as if MLflow had been away when it ended
     for history in (paths.pretrain_history, paths.train_history):
-        progress = Progress("train", 2, history.with_suffix(".jsonl"), show=False)
-        progress.log({"loss": 2.5}, 1)
+        progress = MetricsLog("train", 2, history.with_suffix(".jsonl"), show=False)
+        progress.log_epoch({"loss": 2.5}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 2)
-        progress.log({"loss": 1.5}, 2)
+        progress.log_epoch({"loss": 1.5}, 2)
     project.evaluate()
     versions.register(project.settings, paths)
     for run_id in (trained_in, pretrained_in):

@@ -25,7 +25,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import model_logging
 from tasks.tracking import metric_uploader, runs
-from tasks.training.metrics_log import Progress
+from tasks.training.metrics_log import MetricsLog
 
 STEPS = 4  # of an epoch in these tests
 
@@ -108,7 +108,7 @@ class Training:
     """What the engine reports, by hand."""
 
     def __init__(self, paths: Paths) -> None:
-        self.progress = Progress("train", 100, paths.state / "training/metrics.jsonl", show=False)
+        self.progress = MetricsLog("train", 100, paths.state / "training/metrics.jsonl", show=False)
         self.path, self.epoch, self.longest = self.progress.path, 0, 0.0
 
     def epochs(self, count: int) -> None:
@@ -117,7 +117,7 @@ class Training:
             started = time.monotonic()
             for step in range(1, STEPS + 1):
                 self.progress.log_step({"loss": 1 / step, "ce": float(step)}, self.epoch, step, STEPS)
-            self.progress.log({"loss": 1 / self.epoch, "robust_accuracy": 0.5}, self.epoch)
+            self.progress.log_epoch({"loss": 1 / self.epoch, "robust_accuracy": 0.5}, self.epoch)
             self.longest = max(self.longest, time.monotonic() - started)
 
     def points(self) -> Counter[tuple[str, int, float]]:

@@ -26,7 +26,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.tracking import runs
 from tasks.tracking.lineage import current_lineage
-from tasks.training.metrics_log import Progress
+from tasks.training.metrics_log import MetricsLog
 
 ROOT = Path(__file__).parents[3]
 MANIFEST: dict[str, Any] = {
@@ -144,12 +144,12 @@ def test_second_project_does_not_inherit_the_first_ones_database(paths: Paths, d
 
 def test_run_holds_settings_data_and_lineage(paths: Paths, database: Path) -> None:
     settings = with_tracking(f"sqlite:///{database}", "holds")
-    progress = Progress("train", 2, points(paths), show=False)
+    progress = MetricsLog("train", 2, points(paths), show=False)
     with runs.training_run(settings, paths, "train", progress.path) as training:
         progress.log_step({"loss": 3.0}, 1, 2, 5)
-        progress.log({"loss": 2.5, "clean_accuracy": 0.25}, 1)
+        progress.log_epoch({"loss": 2.5, "clean_accuracy": 0.25}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 5)
-        progress.log({"loss": 1.5, "clean_accuracy": 0.5}, 2)
+        progress.log_epoch({"loss": 1.5, "clean_accuracy": 0.5}, 2)
 
     (run,) = logged_runs("holds")
     assert run.info.run_id == training.id
@@ -202,13 +202,13 @@ def test_training_outlives_a_database_that_fails(
 ) -> None:
     monkeypatch.setattr(runs, "FINISH_SECONDS", 1.0)
     shutil.copy(database, paths.root / "gone.db")
-    progress = Progress("train", 7, points(paths), show=False)
+    progress = MetricsLog("train", 7, points(paths), show=False)
     with (
         caplog.at_level(logging.WARNING, "tasks"),
         runs.training_run(with_tracking("sqlite:///gone.db"), paths, "train", progress.path),
     ):
         (paths.root / "gone.db").write_bytes(b"")  # every table is gone
-        progress.log({"loss": 1.0}, 7)
+        progress.log_epoch({"loss": 1.0}, 7)
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("tasks.")]
     assert len(messages) == 3
     assert messages[0].startswith("MLflow does not take points at present (")
@@ -226,12 +226,12 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, database: Path
         "from tasks.config import settings\n"
         "from tasks.config.paths import Paths\n"
         "from tasks.tracking import metric_uploader, runs\n"
-        "from tasks.training.metrics_log import Progress\n"
+        "from tasks.training.metrics_log import MetricsLog\n"
         f"loaded = settings.Settings.model_validate_json({settings.model_dump_json(by_alias=True)!r})\n"
-        f"progress = Progress('train', 2, Path({str(points(paths))!r}), show=False)\n"
+        f"progress = MetricsLog('train', 2, Path({str(points(paths))!r}), show=False)\n"
         "with runs.training_run(loaded, Paths(), 'train', progress.path):\n"
         "    progress.log_step({'loss': 4.0}, 1, 1, 2)\n"
-        "    progress.log({'loss': 3.0}, 1)\n"
+        "    progress.log_epoch({'loss': 3.0}, 1)\n"
         "    while metric_uploader.read_note(progress.path).offset < progress.path.stat().st_size:\n"
         "        time.sleep(0.05)\n"
         "    progress.log_step({'loss': 2.0}, 2, 1, 2)\n"
@@ -246,11 +246,11 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, database: Path
     assert [history(run.info.run_id, name) for name in ("loss", "step/loss")] == [[(1, 3.0)], [(1, 4.0)]]
 
     # It continues from the end of epoch 1, and repeats what it had not saved.
-    progress = Progress("train", 2, points(paths), show=False)
+    progress = MetricsLog("train", 2, points(paths), show=False)
     with runs.training_run(settings, paths, "train", progress.path) as training:
-        progress.log({"loss": 3.0}, 1)
+        progress.log_epoch({"loss": 3.0}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 2)
-        progress.log({"loss": 1.0}, 2)
+        progress.log_epoch({"loss": 1.0}, 2)
     (continued,) = logged_runs("continues")
     assert training.id == continued.info.run_id == run.info.run_id
     assert continued.info.status == "FINISHED"
@@ -260,12 +260,12 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, database: Path
 
 def test_continued_training_whose_run_was_deleted_gets_a_new_one(paths: Paths, database: Path) -> None:
     settings = with_tracking(f"sqlite:///{database}", "deleted run")
-    progress = Progress("train", 2, points(paths), show=False)
+    progress = MetricsLog("train", 2, points(paths), show=False)
     with runs.training_run(settings, paths, "train", progress.path) as first:
-        progress.log({"loss": 3.0}, 1)
+        progress.log_epoch({"loss": 3.0}, 1)
     mlflow.MlflowClient().delete_run(first.id)
     with runs.training_run(settings, paths, "train", progress.path) as second:
-        progress.log({"loss": 1.0}, 2)
+        progress.log_epoch({"loss": 1.0}, 2)
     assert second.id != first.id
     assert history(second.id, "loss") == [(1, 3.0), (2, 1.0)]
 
@@ -273,7 +273,7 @@ def test_continued_training_whose_run_was_deleted_gets_a_new_one(paths: Paths, d
 def test_gpu_is_watched(paths: Paths, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
     monkeypatch.setattr(runtime, "device", lambda name: torch.device("cuda"))
-    progress = Progress("train", 2, points(paths), show=False)
+    progress = MetricsLog("train", 2, points(paths), show=False)
     settings = with_tracking(f"sqlite:///{database}", "watched")
     epoch = 0
     for _ in range(2):  # continued, it goes on where it was
@@ -283,7 +283,7 @@ def test_gpu_is_watched(paths: Paths, database: Path, monkeypatch: pytest.Monkey
             while history(training.id, "system/system_memory_usage_percentage") == before:
                 assert time.monotonic() < deadline
                 epoch += 1
-                progress.log({"loss": 1.0}, epoch)
+                progress.log_epoch({"loss": 1.0}, epoch)
                 time.sleep(0.2)
     steps = [step for step, _ in history(training.id, "system/system_memory_usage_percentage")]
     assert steps == list(range(len(steps)))

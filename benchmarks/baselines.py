@@ -1,6 +1,6 @@
-"""D2R and its rivals on equal terms: one engine, the same data, budget, attack and seeds; each its published weights.
+"""D2R and its baselines on equal terms: the same engine, data, budget, attack and seeds; published loss weights.
 
-    python benchmarks/rivals.py
+    python benchmarks/baselines.py
 
 The data are scikit-learn's digits, so this is a check of the engine at a small size and no claim about photographs.
 """
@@ -19,16 +19,25 @@ from d2r_core.attacks import PGD, Clean
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.run import accuracy_under
 from d2r_core.data import Split, balanced_order
-from d2r_core.training import trainer
-from d2r_core.training.methods import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
+from d2r_core.training.config import TrainingConfig
+from d2r_core.training.methods import (
+    D2R,
+    AdversarialTraining,
+    AttackParameters,
+    Lbgat,
+    Standard,
+    Trades,
+    TrainingMethod,
+)
+from d2r_core.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-ATTACK: Attack = {"eps": 0.1, "step_size": 0.025, "steps": 5}
+ATTACK: AttackParameters = {"eps": 0.1, "step_size": 0.025, "steps": 5}
 EPOCHS = 10
 SEEDS = range(3)
 
 # The method, given the target and the guidance, of which three make no use.
-METHODS: dict[str, Callable[[nn.Module, nn.Module], Objective]] = {
+METHODS: dict[str, Callable[[nn.Module, nn.Module], TrainingMethod]] = {
     "D2R": lambda model, guidance: D2R(model, guidance, attack=ATTACK, clean_weight=20.0, adv_weight=30.0),
     "LBGAT": lambda model, guidance: Lbgat(model, guidance, attack=ATTACK, beta=6.0),
     "TRADES": lambda model, guidance: Trades(model, attack=ATTACK, beta=6.0),
@@ -52,11 +61,7 @@ def accuracies(method: str, data: dict[str, Split], seed: int) -> list[float]:
     guidance = models.build("resnet18", num_classes=10, image_size=8, width=8)
     torch.manual_seed(seed + 100)
     model = models.build("wide_resnet", num_classes=10, image_size=8, depth=10, widen_factor=1)
-    kept = trainer.fit(
-        METHODS[method](model, guidance),
-        data["train"],
-        data["validation"],
-        device=CPU,
+    config = TrainingConfig(
         epochs=EPOCHS,
         batch_size=32,
         learning_rate=0.05,
@@ -66,16 +71,23 @@ def accuracies(method: str, data: dict[str, Split], seed: int) -> list[float]:
         crop_padding=1,
         flip=False,
         seed=seed,
-        criteria={"clean": Clean(), "robust": PGD(**ATTACK)},
-        log=lambda metrics, epoch: None,
     )
-    model.load_state_dict(kept.state)
+    trainer = Trainer(
+        METHODS[method](model, guidance),
+        data["train"],
+        data["validation"],
+        config,
+        device=CPU,
+        validation_attacks={"clean": Clean(), "robust": PGD(**ATTACK)},
+        select_by="robust",
+    )
+    model.load_state_dict(trainer.fit().state)
     attacks: list[Clean | PGD] = [Clean(), PGD(eps=ATTACK["eps"], step_size=ATTACK["step_size"], steps=20)]
-    config = EvaluationConfig(batch_size=120, seed=seed, device=CPU)
-    return [accuracy_under(model, data["test"], attack, config) for attack in attacks]
+    evaluation = EvaluationConfig(batch_size=120, seed=seed, device=CPU)
+    return [accuracy_under(model, data["test"], attack, evaluation) for attack in attacks]
 
 
-def described(figures: Tensor) -> str:
+def mean_and_range(figures: Tensor) -> str:
     """Mean and range over the seeds."""
     low, mean, high = (float(value) for value in (figures.min(), figures.mean(), figures.max()))
     return f"{mean:.1%} ({low:.1%} to {high:.1%})"
@@ -92,13 +104,16 @@ def main() -> None:
     )
     print("| method | clean | PGD-20 | CPU s a training |\n|---|---|---|---|")
     for method in METHODS:
-        found, seconds = [], []
+        by_seed, seconds = [], []
         for seed in SEEDS:
             begun = time.process_time()
-            found.append(accuracies(method, data, seed))
+            by_seed.append(accuracies(method, data, seed))
             seconds.append(time.process_time() - begun)
-        clean, robust = torch.tensor(found).T
-        print(f"| {method} | {described(clean)} | {described(robust)} | {statistics.median(seconds):.0f} |", flush=True)
+        clean, robust = torch.tensor(by_seed).T
+        print(
+            f"| {method} | {mean_and_range(clean)} | {mean_and_range(robust)} | {statistics.median(seconds):.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
