@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
-    from tasks.data.evaluation_images import Heldout
+    from tasks.data.evaluation_images import EvaluationImages
     from tasks.evaluation.evaluate_models import Findings, Subject
 
 Source = Literal["image_folder", "cifar10", "cifar100", "tiny_imagenet", "digits"]
@@ -124,7 +124,7 @@ def _strides(text: str | None) -> tuple[int, ...] | None:
 def _subject(
     reference: str,
     architecture: dict[str, Any],
-    images: "Heldout",
+    images: "EvaluationImages",
     settings: "Settings",
     paths: "Paths",
     device: "torch.device",

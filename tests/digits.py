@@ -1,4 +1,4 @@
-"""Ten classes of 8 x 8 digits and a small network that is half robust on them: what evaluations are tried on."""
+"""Ten classes of 8 x 8 digits and a small network that is robust on about half of them, for evaluation tests."""
 
 import functools
 
@@ -10,7 +10,7 @@ from d2r_core import models, runtime
 from d2r_core.attacks import pgd as attacks
 from d2r_core.data import Split, to_float
 
-EPS = 0.15  # at which about half of the images fall
+EPS = 0.15  # at which about half of the images are misclassified
 
 
 @functools.cache
