@@ -80,6 +80,7 @@ def test_a_failed_stage_is_one_message(project: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_progress_bars_and_the_complete_message(project: Path) -> None:
     (project / "behaviour").write_text("first")
     master, slave = pty.openpty()
@@ -116,6 +117,7 @@ def test_a_command_outside_of_a_project_is_an_error(tmp_path: Path, arguments: t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_mistyped_parameter_changes_nothing_on_disk(project: Path) -> None:
     params = project / "params.yaml"
     params.write_text(params.read_text().replace("clean_weight:", "clean_wait:"))
@@ -156,6 +158,7 @@ def test_params_yaml_is_the_digits_preset() -> None:
     assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets/digits.yaml").read_bytes()
 
 
+@pytest.mark.slow
 def test_status_before_anything_has_run(tmp_path: Path) -> None:
     project = scratch.make(tmp_path)
     before = scratch.tree(project)
@@ -174,6 +177,7 @@ def test_status_before_anything_has_run(tmp_path: Path) -> None:
     assert scratch.tree(project) == before
 
 
+@pytest.mark.slow
 def test_status_shows_what_changed_and_what_waits_for_it(project: Path) -> None:
     (project / "input.txt").write_text("third ")
     d2r("stage", "second", cwd=project)
@@ -183,6 +187,7 @@ def test_status_shows_what_changed_and_what_waits_for_it(project: Path) -> None:
     assert lines[:2] == ["first       outdated: input.txt modified", "second      waits for first"]
 
 
+@pytest.mark.slow
 def test_status_during_a_run(project: Path) -> None:
     (project / "behaviour").write_text("second sleep")
     running = subprocess.Popen(scratch.d2r("stage", "second"), cwd=project, env=scratch.environment())

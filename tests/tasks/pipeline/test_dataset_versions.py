@@ -48,6 +48,7 @@ def d2r(root: Path, *arguments: str, code: int = 0) -> str:
     return process.stdout + process.stderr
 
 
+@pytest.mark.slow
 def test_the_life_cycle_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> None:
     output = d2r(project, "data", "add", str(photos), "--name", "pets")
     assert "prepare.path: data/raw/pets" in output

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from report_inputs import DIGITS, make_report
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium")
 LONG = "aeroplane_with_a_very_long_name_and_no_space_to_break_it"
 

@@ -60,6 +60,7 @@ def test_a_page_of_empty_splits_can_be_made() -> None:
     assert "0 images" in render_page(empty, ["cat", "dog"], stops=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "colours"), [(390, "dark"), (1200, "light")])
 def test_the_page_opens_in_a_browser(tmp_path: Path, browser: Any, width: int, colours: str) -> None:
     folder = make_pictures(tmp_path)
