@@ -4,26 +4,32 @@ PYTHON ?= python3
 # For a machine without uv; the Dockerfile names the same one.
 UV_VERSION := 0.13.9
 
-# After a crash pytest-xdist may wait for ever for the workers that it started anew: the first one ends the run.
+# After a crash, pytest-xdist may wait for ever for restarted workers: the first crash ends the run.
 WORKERS := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 export PATH := $(PATH):$(CURDIR)/.venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lock clean
+.PHONY: help setup demo test test-fast test-avx2 check lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' Makefile
 
 setup: .venv/installed  ## make .venv with everything in it, if it is not there yet (about 6 GB)
 
 demo: setup  ## run the whole chain once: data, training, evaluation, report, registry
 	@.venv/bin/d2r run
 
-test: setup  ## run the tests
+test: setup  ## run all tests
 	@.venv/bin/python -m pytest $(WORKERS)
+
+test-fast: setup  ## run the tests that are not marked slow (under 2 minutes on 2 cores)
+	@.venv/bin/python -m pytest $(WORKERS) -m 'not slow'
+
+test-avx2: setup  ## run the tests of d2r_core with the kernels of CPUs without AVX-512
+	@ONEDNN_MAX_CPU_ISA=AVX2 .venv/bin/python -m pytest $(WORKERS) tests/d2r_core
 
 check: setup  ## check format, style and types; change nothing
 	@.venv/bin/ruff format --check .

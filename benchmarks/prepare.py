@@ -1,8 +1,8 @@
-"""How fast the stage `prepare` is, beside the plainest loop: `python benchmarks/prepare.py [FOLDER] [--repeats N]`.
+"""Throughput of the stage `prepare` beside the simplest loop: `python benchmarks/prepare.py [FOLDER] [--repeats N]`.
 
-FOLDER holds cifar10-*.zip (train/<class>/<image>) and tiny-imagenet-200-subset.zip (the original layout); default:
-../shared/data. The table goes to stdout. The ways take turns and the figures are medians, since a shared machine is
-never quiet.
+FOLDER contains cifar10-*.zip (train/<class>/<image>) and tiny-imagenet-200-subset.zip (the original layout); default:
+../shared/data. The table goes to stdout. The variants take turns and the figures are medians, since other processes may
+use the machine.
 """
 
 import argparse
@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 SUFFIXES = (".webp", ".JPEG")
 
 
-def plain(archives: list[Path]) -> int:
-    """Decode every image of the archives in one loop and keep them in memory; nothing is checked, hashed or written."""
+def plain_loop(archives: list[Path]) -> int:
+    """Decode every image of the archives into memory in one loop, without checking, hashing or writing anything."""
     images = []
     for path in archives:
         with ZipFile(path) as archive:
@@ -40,8 +40,8 @@ def plain(archives: list[Path]) -> int:
     return len(np.stack(images))
 
 
-def staged(source: str, path: Path, image_size: int, threads: int) -> int:
-    """The whole stage: decoded, checked, written and hashed."""
+def run_stage(source: str, path: Path, image_size: int, threads: int) -> int:
+    """The whole stage: decode, check, write and hash."""
     values = settings.load(ROOT / "params.yaml").model_dump(by_alias=True)
     values["prepare"] |= {"source": source, "path": str(path), "image_size": image_size}
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
@@ -49,7 +49,7 @@ def staged(source: str, path: Path, image_size: int, threads: int) -> int:
     return sum(split["images"] for split in manifest["splits"].values())
 
 
-def rate(work: Callable[[], int]) -> float:
+def throughput(work: Callable[[], int]) -> float:
     """Images per second."""
     start = time.perf_counter()
     return work() / (time.perf_counter() - start)
@@ -65,26 +65,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for archive in cifar:
             Path(scratch, archive.name).symlink_to(archive)
-        ways: dict[str, dict[str, Callable[[], int]]] = {
-            "CIFAR-10, 60000 WebP, 32 px": {"plain loop": lambda: plain(cifar)},
-            "Tiny ImageNet, 10000 JPEG, 64 px": {"plain loop": lambda: plain([tiny])},
+        variants: dict[str, dict[str, Callable[[], int]]] = {
+            "CIFAR-10, 60000 WebP, 32 px": {"plain loop": lambda: plain_loop(cifar)},
+            "Tiny ImageNet, 10000 JPEG, 64 px": {"plain loop": lambda: plain_loop([tiny])},
         }
         for threads in sorted({1, 2, parallel_decoding.THREADS}):
             name = f"prepare, {threads} thread{'s' if threads > 1 else ''}"
-            for way, source, path, size in zip(
-                ways.values(), ("image_folder", "tiny_imagenet"), (Path(scratch), tiny), (32, 64), strict=True
+            for variant, source, path, size in zip(
+                variants.values(), ("image_folder", "tiny_imagenet"), (Path(scratch), tiny), (32, 64), strict=True
             ):
-                way[name] = lambda s=source, p=path, z=size, t=threads: staged(s, p, z, t)  # type: ignore[misc]
+                variant[name] = lambda s=source, p=path, z=size, t=threads: run_stage(s, p, z, t)  # type: ignore[misc]
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, medians of {arguments.repeats}\n")
-        print("| images | way | images/s | least to most |\n|---|---|---|---|")
-        for images, way in ways.items():
-            rates: dict[str, list[float]] = {name: [] for name in way}
+        print("| images | variant | images/s | min to max |\n|---|---|---|---|")
+        for images, variant in variants.items():
+            rates: dict[str, list[float]] = {name: [] for name in variant}
             for _ in range(arguments.repeats):
-                for name, work in way.items():
-                    rates[name].append(rate(work))
-            for name, found in rates.items():
-                middle = statistics.median(found)
-                print(f"| {images} | {name} | {middle:.0f} | {min(found):.0f} to {max(found):.0f} |", flush=True)
+                for name, work in variant.items():
+                    rates[name].append(throughput(work))
+            for name, measured in rates.items():
+                median = statistics.median(measured)
+                print(f"| {images} | {name} | {median:.0f} | {min(measured):.0f} to {max(measured):.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Prepared splits, and batches of them on the device with a random crop and flip for each image."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2r_core import files
 from d2r_core.errors import UserError
 from d2r_core.files import atomic
 
@@ -58,13 +58,14 @@ def load_split(path: Path) -> Split:
 
 
 def content_hash(splits: Mapping[str, Split]) -> str:
-    """SHA-256 over names, shapes, labels and pixels; two files with the same content have the same hash."""
-    digest = hashlib.sha256()
-    for name, split in sorted(splits.items()):
-        digest.update(f"{name} {tuple(split.images.shape)}".encode())
-        for tensor in (split.labels, split.images):
-            digest.update(tensor.contiguous().view(-1).numpy().data)  # no copy: the file's pages are read on demand
-    return digest.hexdigest()
+    """`files.content_hash` of splits in memory; two files with the same content have the same hash."""
+
+    def raw(tensor: Tensor) -> memoryview:
+        return tensor.contiguous().view(-1).numpy().data  # no copy: a mapped file's pages are read as they are hashed
+
+    return files.content_hash(
+        {name: (tuple(split.images.shape), map(raw, (split.labels, split.images))) for name, split in splits.items()}
+    )
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The exception for errors that a user can fix."""
 
 
 class UserError(ValueError):
-    """Something a user can mend. Its message names the file or key, what was found and what to do.
+    """An error that the user can fix. The message names the file or key, the problem and the remedy.
 
-    Command-line entry points print it without a traceback and exit with 1.
+    Command-line entry points print it without a traceback and exit with code 1.
     """

@@ -1,21 +1,21 @@
-"""Atomic writes and content hashes: a reader sees the old file or the new one, never half of one."""
+"""Atomic writes, so that a reader sees the old file or the new one and never a partial one, and hashes of content."""
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-CODE = Path(__file__).parents[1]  # the folder of d2r_core
+CODE = Path(__file__).parents[1]  # the folder that contains d2r_core
 
 
 @contextmanager
 def atomic(path: Path, *, keep: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` if the block ends well, delete it if not.
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if it raises.
 
-    The rename is within one folder, so it is atomic; the content reaches the disk before it. What stood at `path`
-    before moves to `keep`, if that is given.
+    The rename stays within one folder, so it is atomic; the content is flushed to disk first. If `keep` is given, the
+    previous file at `path` is moved there instead of being overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -45,13 +45,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def content_hash(splits: Mapping[str, tuple[tuple[int, ...], Iterable[bytes | memoryview]]]) -> str:
+    """SHA-256 over the names, image shapes, labels and pixels of a data set's splits: the `data_hash` of all records.
+
+    Args:
+        splits: for each name, the shape (N, 3, H, W) of its images, and the bytes of its labels (little-endian int64)
+            followed by those of its images (uint8), in blocks of any size.
+    """
+    digest = hashlib.sha256()
+    for name, (shape, blocks) in sorted(splits.items(), key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(shape)}".encode())
+        for block in blocks:
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def code_fingerprint(*rooms: str) -> str:
-    """SHA-256 over the source of the project's folders and files of these names, such as "d2r_core/training"."""
+    """SHA-256 over the Python source of these folders and files of the project, such as "d2r_core/training"."""
     digest = hashlib.sha256()
     for room in rooms:
-        place = CODE / room
-        assert place.exists(), f"there is no {room}"
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        root = CODE / room
+        assert root.exists(), f"{room} does not exist"
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
             digest.update(f"{path.relative_to(CODE)}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
-    from tasks.data.evaluation_images import Heldout
+    from tasks.data.evaluation_images import EvaluationImages
     from tasks.evaluation.evaluate_models import LoadedModel
     from tasks.evaluation.report_schema import RobustnessReport
 
@@ -125,7 +125,7 @@ def _strides(text: str | None) -> tuple[int, ...] | None:
 def _subject(
     reference: str,
     architecture: dict[str, Any],
-    images: "Heldout",
+    images: "EvaluationImages",
     settings: "Settings",
     paths: "Paths",
     device: "torch.device",

@@ -1,6 +1,6 @@
-"""The end of a retraining: register what was evaluated, gate it, and make it champion if it passes.
+"""The end of a retraining: registers the evaluated model, applies the gate, and makes it champion if it passes.
 
-Side effects, so Prefect tasks and never DVC stages: a cached stage would skip them.
+These are side effects, so they are Prefect tasks and not DVC stages, which DVC would skip when cached.
 """
 
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from tasks.registry.gate import Verdict
 
 
 class PromotionResult(NamedTuple):
-    """A registered version, the alias it ended with, and why."""
+    """A registered version, its final alias, and the verdict of the gate."""
 
     version: int
     alias: Literal["champion", "challenger"]
@@ -21,9 +21,9 @@ class PromotionResult(NamedTuple):
 
 
 def promotion(settings: Settings, paths: Paths) -> PromotionResult:
-    """Register the evaluated model as @challenger; gate it; move @champion to it if it passes.
+    """Register the evaluated model as @challenger, apply the gate, and move @champion to it if it passes.
 
-    To be called inside a flow. A refusal by the gate is a result, not an error.
+    Must be called inside a flow. A model that does not pass is a result, not an error.
     """
     version = register(settings, paths)
     verdict = gate(settings, paths, version)

@@ -1,12 +1,12 @@
-"""The flow `retrain`: every stage of `dvc.yaml` as one Prefect task, then register, gate and promote.
+"""The flow `retrain`: every stage of `dvc.yaml` as one Prefect task, then registration, gate and promotion.
 
-DVC decides what is up to date, so Prefect's own caching is off. The project is the current folder.
+DVC decides what is up to date, so Prefect's own caching is disabled. The project is the current folder.
 """
 
 import os
 import sys
 
-# Read when Prefect is imported; a variable of the user's own wins. A fresh PREFECT_HOME needs more than 20 seconds.
+# Read when Prefect is imported; variables set by the user take precedence. A fresh PREFECT_HOME needs over 20 seconds.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -34,49 +34,49 @@ from tasks.tracking.runs import UnavailableError
 
 @flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
 def retrain() -> PromotionResult | State[Any]:
-    """Bring every stage up to date, and let the gate decide about the model.
+    """Bring every stage up to date, then register the model and apply the gate.
 
-    A model that the gate refuses does not fail the flow: a week in which nothing better was found is a normal week,
-    and the champion stays. What a user can mend fails it, with one message.
+    A model that does not pass the gate does not fail the flow: the champion stays, which is a normal result of a weekly
+    run. A UserError fails the flow with one message.
     """
     paths = Paths()
     try:
         settings = settings_file.load(paths.params)
-        # Called, not submitted: in the main thread a cancellation or a timeout interrupts the wait for the stage.
+        # Called, not submitted: only in the main thread can a cancellation or timeout interrupt the wait for the stage.
         for stage in dvc.order(paths):
             if stage == "report":
                 _compare(settings, paths)
             reproduce.with_options(name=stage, task_run_name=stage)(stage)
-        outcome = promotion(settings, paths)
-        create_markdown_artifact(_markdown(settings, paths, outcome), key="robustness", description="Figures and gate")
+        result = promotion(settings, paths)
+        create_markdown_artifact(_markdown(settings, paths, result), key="robustness", description="Figures and gate")
     except UserError as error:
-        # As a state, it is logged without a traceback; the caller of the flow gets the exception.
+        # Returned as a state, it is logged without a traceback; the caller of the flow still gets the exception.
         return Failed(message=str(error), data=error)
-    return outcome
+    return result
 
 
 def _compare(settings: Settings, paths: Paths) -> None:
     try:
         compare(settings, paths)
     except UnavailableError as error:
-        get_run_logger().warning("The report will hold no new comparison with the champion. %s", error)
+        get_run_logger().warning("The report will not have a new comparison with the champion. %s", error)
 
 
-def _markdown(settings: Settings, paths: Paths, outcome: PromotionResult) -> str:
+def _markdown(settings: Settings, paths: Paths, result: PromotionResult) -> str:
     robustness = RobustnessReport.read(paths.robustness)
     registered = registry_status(settings, paths)
-    assert registered is not None, "promotion has registered it"
+    assert registered is not None, "promotion registers the model"
     return "\n".join(
         [
-            f"# {settings.promote.model_name} version {outcome.version} is @{outcome.alias}",
+            f"# {settings.promote.model_name} version {result.version} is @{result.alias}",
             "",
             summary.markdown(robustness),
             "",
             f"Self-checks of the target: {summary.self_checks(robustness)}",
             "",
-            f"**Gate {'passed' if outcome.verdict.passed else 'not passed'}**",
+            f"**Gate {'passed' if result.verdict.passed else 'not passed'}**",
             "",
-            *(f"- {reason}" for reason in outcome.verdict.reasons),
+            *(f"- {reason}" for reason in result.verdict.reasons),
             "",
             f"MLflow: {summary.run_link(settings, registered.experiment_id, registered.run_id)}",
         ]

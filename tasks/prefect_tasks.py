@@ -1,7 +1,7 @@
-"""What the flows are composed of: one Prefect task for each step that can fail by itself, and what decides a retry.
+"""The Prefect tasks of the flows, one for each step that can fail on its own, and their retry conditions.
 
-DVC decides what is up to date, so Prefect's own caching is off. Only what a retry can mend is tried again: another DVC
-process at work, and a tracking server that was away for a moment.
+DVC decides what is up to date, so Prefect's own caching is disabled. Only failures that a retry can fix are retried:
+another running DVC process, and a tracking server that is temporarily unavailable.
 """
 
 from typing import Any
@@ -20,19 +20,19 @@ from tasks.tracking.runs import UnavailableError
 
 
 def is_busy(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether another DVC process was at work: a wrong parameter or a failed training would only fail again."""
+    """Whether another DVC process was running. An invalid parameter or a failed training would only fail again."""
     return isinstance(state.data, dvc.BusyError)
 
 
 def is_unavailable(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether the tracking server did not answer."""
+    """Whether the tracking server was unavailable."""
     return isinstance(state.result(raise_on_failure=False), UnavailableError)
 
 
-# The delays outlast a `dvc status` or `dvc checkout` of somebody else; another training is not waited for.
+# The delays are longer than another `dvc status` or `dvc checkout`, but do not wait for another training.
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=is_busy)
 def reproduce(stage: str) -> State[Any]:
-    """Bring one stage up to date; its output goes line by line to the task's log."""
+    """Bring one stage up to date; its output lines go to the log of the task."""
     return Completed(message=dvc.reproduce(stage, Paths(), get_run_logger().info))
 
 
@@ -57,7 +57,7 @@ def register(settings: Settings, paths: Paths) -> int:
 
 @_registry_task
 def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
-    """Judge a version by the rules of `promote`."""
+    """Apply the gate to a version, with the limits in the section `promote`."""
     verdict = judge(settings, paths, version)
     print(
         f"The gate {'lets' if verdict.passed else 'does not let'} version {version} pass: {' '.join(verdict.reasons)}"

@@ -1,29 +1,26 @@
-"""What several test files share: small settings, and one finished run of the whole chain."""
+"""Fixtures that several test files share: small settings, a project whose stages have run, a browser."""
 
-import copy
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import scratch_project
+from project import params, settings_from
 
-from tasks.config import settings as settings_file
 from tasks.config.settings import Settings
 
-# Threads that wait for one another on busy cores spin: one is faster there. Set before PyTorch is imported.
+# On busy cores, threads that wait for each other spin, and one is faster. Set before PyTorch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared/data"  # real images, where present
 
 
 @pytest.fixture(scope="session")
 def tiny_values() -> dict[str, Any]:
     """The values of a complete parameter file that trains in seconds."""
-    values: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values = params()
     values["prepare"].update(train_per_class=12, test_per_class=4)
     values["pretrain"].update(architecture={"name": "resnet18", "width": 4, "strides": [1, 2, 2, 2]}, epochs=1)
     values["train"].update(epochs=1, steps=2, batch_size=32)
@@ -36,26 +33,31 @@ def tiny_values() -> dict[str, Any]:
 @pytest.fixture
 def tiny_settings(tiny_values: dict[str, Any]) -> Callable[..., Settings]:
     """`tiny_settings(train={"epochs": 2}, seed=3)`: the tiny settings with these values instead."""
-
-    def make(**changes: Any) -> Settings:
-        values = copy.deepcopy(tiny_values)
-        for section, change in changes.items():
-            if isinstance(change, dict):
-                values[section].update(change)
-            else:
-                values[section] = change
-        return settings_file.parse(values)
-
-    return make
+    return partial(settings_from, tiny_values)
 
 
-def copy_project(folder: Path) -> None:
-    """Everything that the chain needs, as a fresh checkout would hold it."""
-    for name in ("d2r_core", "tasks", "flows", "presets", ".dvc"):
-        ignore = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "reports/champion").mkdir(parents=True)
-    shutil.copy(ROOT / "reports/champion/.gitkeep", folder / "reports/champion")
-    shutil.copytree(ROOT / "data/raw", folder / "data/raw", ignore=shutil.ignore_patterns("*.dvc"))
+@pytest.fixture(scope="session")
+def finished_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scratch_project.make_finished(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def finished_project(finished_template: Path, tmp_path: Path) -> Path:
+    """A scratch project whose two stages have run, and whose stage `second` is outdated."""
+    return shutil.copytree(finished_template, tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, driven by Playwright."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    disabled = ["background-networking", "component-update", "gpu", "quic", "sync"]
+    arguments = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in disabled)]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield chromium
+        chromium.close()

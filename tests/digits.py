@@ -1,4 +1,4 @@
-"""Ten classes of 8 x 8 digits and a small network that is half robust on them: what evaluations are tried on."""
+"""Ten classes of 8 x 8 digits and a small network that is robust on about half of them, for evaluation tests."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from d2r_core.attacks import pgd
 from d2r_core.attacks.pgd import Noise
 from d2r_core.data import Split, to_float
 
-EPS = 0.15  # at which about half of the images fall
+EPS = 0.15  # at which about half of the images are misclassified
 
 
 @dataclass(frozen=True)

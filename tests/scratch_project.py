@@ -1,6 +1,5 @@
-"""A small DVC project of fast stages, for the tests of what goes on around a stage."""
+"""A small DVC project with two fast stages, for the tests of everything around a stage."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,14 +7,13 @@ import time
 from pathlib import Path
 
 import yaml
+from project import ROOT, clean_environment
 
 from tasks.config.paths import Paths
 from tasks.pipeline import dvc
 
-ROOT = Path(__file__).parents[1]
-
-# `first` copies input.txt to first.txt and `second` makes second.txt and more.txt of that. What they do on the way is
-# told by the file `behaviour`, which is no dependency: DVC would see it change.
+# `first` writes first.txt from input.txt, and `second` writes second.txt and more.txt from first.txt. The file
+# `behaviour` makes a stage fail, crash or sleep; it is not a dependency, so that DVC does not notice its changes.
 STAGE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -28,10 +26,10 @@ if name in behaviour and "fail" in behaviour:
     sys.exit("error: the loss is NaN in step 7\\nlower train.learning_rate")
 if name in behaviour and "document" in behaviour:
     for out in outs:
-        Path(out).write_text("what is wrong")
+        Path(out).write_text("the report")
     sys.exit("error: no good")
 if name in behaviour and "crash" in behaviour:
-    raise ZeroDivisionError("our own defect")
+    raise ZeroDivisionError("a bug")
 if name in behaviour and "sleep" in behaviour:
     Path(outs[0]).write_text("half")
     sleeper = subprocess.Popen(["sleep", "300"])
@@ -57,7 +55,7 @@ for out in outs:
 
 
 def make(folder: Path) -> Path:
-    """Create the project in a folder, with the real `params.yaml` and DVC configuration; nothing has run yet."""
+    """Create the project in a folder, with the real `params.yaml` and DVC configuration, before any run."""
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
     shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     for name in (".dvcignore", "params.yaml"):
@@ -65,7 +63,7 @@ def make(folder: Path) -> Path:
     (folder / "stage.py").write_text(STAGE)
     (folder / "input.txt").write_text("input ")
     stages = {
-        # Not in their order, which only the graph knows.
+        # Not in the order of the graph.
         "second": {
             "cmd": "python stage.py second first.txt second.txt more.txt",
             "params": ["train"],
@@ -86,8 +84,8 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def make_done(folder: Path) -> Path:
-    """The same after a good run of both stages; since then `first` has changed, so that `second` is to be run again."""
+def make_finished(folder: Path) -> Path:
+    """The project after a successful run of both stages. `first` has run again since, so that `second` is outdated."""
     make(folder)
     for stage, content in (("first", "input "), ("second", "input "), ("first", "other ")):
         (folder / "input.txt").write_text(content)
@@ -96,7 +94,7 @@ def make_done(folder: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """What lies in a project, DVC's own housekeeping apart."""
+    """The content of every file of a project, except for those of git and DVC's temporary files."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -105,7 +103,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -113,7 +111,7 @@ def alive(pid: int) -> bool:
 
 
 def pids(folder: Path) -> list[int]:
-    """The processes of a sleeping stage, once it sleeps."""
+    """The processes of a sleeping stage. Waits until it sleeps."""
     deadline = time.monotonic() + 120
     while not (folder / "pids").exists():
         assert time.monotonic() < deadline, "the stage did not start"
@@ -127,6 +125,5 @@ def d2r(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment for `d2r` in another folder than the project's, with no server configured."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    return own | {"PYTHONPATH": str(ROOT)}
+    """The environment for `d2r` with the code under test in a scratch project, with no server configured."""
+    return clean_environment(PYTHONPATH=str(ROOT))

@@ -1,4 +1,4 @@
-"""The project's own files: the lock, the commands, and what no committed file may say."""
+"""The project's own files: the lock, the commands, and what no committed file may contain."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from project import ROOT
 
-ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-# The lock's entries: from one line that starts with a name to the next.
+# The entries of the lock: each starts with a name at the beginning of a line.
 LOCK = re.split(r"^(?=\w)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.MULTILINE)
-# Brackets, so that the pattern does not find itself.
+# Brackets, so that the patterns do not match themselves.
 REGISTRY = re.compile(r"\b(?:pyp[i]\.org|pythonhos[t]ed\.org|npmj[s]\.(?:org|com)|download\.pytorc[h]\.org)")
 MACHINE = re.compile(r"(?<![\w.])(?:/(?:home|root|Users|work)/\w|[A-Z]:\\\\?Users)")
 
 
 def committed() -> list[Path]:
-    """The files that git tracks, or would track if they were added."""
+    """The files that git tracks, and the untracked files that it does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -37,14 +37,14 @@ def test_everything_in_the_lock_has_a_version_and_a_hash() -> None:
         assert "--hash=sha256:" in entry, entry
 
 
-def test_the_lock_says_nothing_about_where_packages_come_from() -> None:
+def test_the_lock_does_not_contain_package_sources() -> None:
     text = "".join(LOCK)
     assert "://" not in text
     assert not re.search(r"^\s*--(?!hash)", text, flags=re.MULTILINE)
 
 
 def test_the_lock_satisfies_every_direct_dependency() -> None:
-    # One package may stand there twice, for two ranges of Python.
+    # A package may have two entries, for two ranges of Python versions.
     locked = [Requirement(entry.partition("\\")[0]) for entry in LOCK[1:]]
     project = PYPROJECT["project"]
     lines = project["dependencies"] + project["optional-dependencies"]["dev"] + PYPROJECT["build-system"]["requires"]
@@ -55,19 +55,19 @@ def test_the_lock_satisfies_every_direct_dependency() -> None:
 
 
 @pytest.mark.parametrize("pattern", [REGISTRY, MACHINE], ids=["registry", "machine"])
-def test_no_committed_file_names_a_registry_or_a_machine(pattern: re.Pattern[str]) -> None:
-    found = [
+def test_no_committed_file_contains_a_registry_or_a_path_of_a_machine(pattern: re.Pattern[str]) -> None:
+    matches = [
         f"{path.relative_to(ROOT)}: {match[0]}"
         for path in committed()
         for match in pattern.finditer(path.read_text(encoding="utf-8", errors="ignore"))
     ]
-    assert not found
+    assert not matches
 
 
 def test_make_lists_its_commands() -> None:
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"^make (\w+)  +\S", listed, flags=re.MULTILINE) == [
-        *("help", "setup", "demo", "test", "check", "lock", "clean")
+    assert re.findall(r"^make ([\w-]+)  +\S", listed, flags=re.MULTILINE) == [
+        *("help", "setup", "demo", "test", "test-fast", "test-avx2", "check", "lock", "clean")
     ]
 
 

@@ -1,4 +1,4 @@
-"""The entry point that every stage shares: settings in, artifacts out, errors as one message."""
+"""The command-line entry point of all stages: loads the settings, runs the stage, turns errors into one message."""
 
 import signal
 import sys
@@ -12,12 +12,12 @@ from tasks.config.settings import Settings
 
 
 def main(run: Callable[[Settings, Paths], object]) -> None:
-    """Run one stage in the current folder and leave the process with its exit code.
+    """Run one stage in the current folder and exit the process.
 
-    0: done. 1: something the user can mend, said in one message. 130: interrupted. Anything else is our own defect
-    and keeps its traceback.
+    Exit codes: 0: success; 1: an error that the user can fix, printed as one message; 130: interrupted. Any other
+    exception is a bug and keeps its traceback.
     """
-    # The default action of SIGTERM would skip every `finally`; as an exception it cleans up like Ctrl-C.
+    # The default action of SIGTERM skips every `finally`; an exception cleans up as for Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     paths = Paths()
     try:

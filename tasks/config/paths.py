@@ -1,4 +1,4 @@
-"""Where every artifact lies, relative to the project's root."""
+"""The path of every artifact, relative to the project's root."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ class Paths:
 
     @property
     def prepared(self) -> Path:
-        """Folder of `train.safetensors`, `validation.safetensors`, `test.safetensors` and what describes them."""
+        """Folder of `{train,validation,test}.safetensors` and the files that describe them."""
         return self.root / "data/prepared"
 
     @property
@@ -25,17 +25,17 @@ class Paths:
 
     @property
     def names(self) -> Path:
-        """Where each prepared image came from: split -> one name for each image, in order."""
+        """The origin of each prepared image: split -> one name per image, in the order of the images."""
         return self.prepared / "names.json"
 
     @property
     def quarantine(self) -> Path:
-        """The images that were set aside, each with name, split, class and reason; an empty list if there are none."""
+        """The unusable images, each with name, split, class and reason; an empty list if there are none."""
         return self.prepared / "quarantine.json"
 
     @property
     def baseline(self) -> Path:
-        """What the last accepted data looked like, for the next ones to be compared with; no out, so it stays."""
+        """Statistics of the last accepted data, for drift checks. No DVC out: DVC deletes outs before a stage runs."""
         return self.root / "data/baseline.json"
 
     @property
@@ -52,17 +52,17 @@ class Paths:
 
     @property
     def validation(self) -> Path:
-        """Folder of the data validation's Data Docs, JSON and Markdown."""
+        """Folder with the Data Docs and the JSON result of the data validation."""
         return self.reports / "validation"
 
     @property
     def accepted(self) -> Path:
-        """Says which data passed the validation; training depends on it, not on the limits or on how it looks."""
+        """The hash of the data that passed validation. Training depends on this file only, not on limits or layout."""
         return self.validation / "accepted.json"
 
     @property
     def data_page(self) -> Path:
-        """The prepared data for people: samples, shares, and what the validation found."""
+        """The page about the prepared data: samples, class counts, and the findings of the validation."""
         return self.reports / "data.html"
 
     @property
@@ -75,12 +75,12 @@ class Paths:
 
     @property
     def robustness(self) -> Path:
-        """All figures of the evaluation; the gate and the report read it."""
+        """All figures of the evaluation; read by the gate and the report."""
         return self.reports / "robustness.json"
 
     @property
     def metrics(self) -> Path:
-        """The few figures that `dvc metrics show` compares."""
+        """The main figures, for `dvc metrics show`."""
         return self.reports / "metrics.json"
 
     @property
@@ -89,12 +89,12 @@ class Paths:
 
     @property
     def gallery(self) -> Path:
-        """Clean and adversarial images that the report shows."""
+        """Clean and adversarial images for the report."""
         return self.reports / "gallery.safetensors"
 
     @property
     def comparison(self) -> Path:
-        """The target beside the champion, image by image; git keeps its folder, which the report depends on."""
+        """The target compared with the champion, image by image. The report depends on its folder, which git tracks."""
         return self.reports / "champion/comparison.json"
 
     @property
@@ -107,7 +107,7 @@ class Paths:
 
     @property
     def state(self) -> Path:
-        """Folder of the states of trainings under way, each in a folder named by what it depends on."""
+        """Folder of resumable training states, each in a subfolder named by a hash of what it depends on."""
         return self.root / "state"
 
     @property

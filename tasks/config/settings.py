@@ -1,63 +1,33 @@
 """`params.yaml` read into frozen, strictly typed settings: one section per stage, every key required.
 
-There are no defaults in code: what a stage uses stands in the file, so DVC sees every change of it. A mistake gives one
-message with the key's path, what was found and what is allowed.
+There are no defaults in code: every value that a stage uses is in the file, so that DVC notices every change. An
+invalid file raises one error that lists each invalid key with its value and the allowed values.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    Strict,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from d2r_core.errors import UserError
 from tasks.config import validation_errors
-
-
-def _fraction(value: object) -> object:
-    """Read "8/255" as 8 / 255; leave everything else to pydantic."""
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
-
-
-def _depth(value: int) -> int:
-    if (value - 4) % 6:
-        raise PydanticCustomError("depth", "allowed are 10, 16, 22, 28, 34, ... (6 n + 4)")
-    return value
-
-
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-# A distance between images in [0, 1]: a number, or a fraction such as "8/255".
-Distance = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_fraction)]
-# The same of an evaluation, where L2 radii may exceed 1.
-Radius = Annotated[float, Field(gt=0.0, allow_inf_nan=False), BeforeValidator(_fraction)]
-Text = Annotated[str, Field(min_length=1)]
-# YAML has lists, a frozen setting needs a tuple.
-Strides = Annotated[tuple[Count, Count, Count, Count], Strict(False), PlainSerializer(list)]
+from tasks.config.value_types import (
+    Count,
+    CountOrZero,
+    Depth,
+    Distance,
+    NotNegative,
+    Positive,
+    Probability,
+    Radius,
+    Strides,
+    Text,
+)
 
 
 class Section(BaseModel):
@@ -67,36 +37,36 @@ class Section(BaseModel):
 
 
 class Prepare(Section):
-    """Where the images come from and the shape they are brought to."""
+    """Where the images come from, and how they are converted and split."""
 
     source: Literal["digits", "image_folder", "cifar10", "cifar100", "tiny_imagenet"]
     path: Text  # image_folder, tiny_imagenet: folder or zip; CIFAR: the archive, or its folder; digits: unused
     image_size: Annotated[int, Field(ge=8, le=512)]  # pixels, both sides
-    on_mismatch: Literal["convert", "refuse"]  # what to do with a grey or odd-sized image
-    on_bad_image: Literal["refuse", "quarantine"]  # stop at an image that cannot be used, or set it aside
+    on_mismatch: Literal["convert", "refuse"]  # a grey image or one of another size
+    on_bad_image: Literal["refuse", "quarantine"]  # stop at an unusable image, or go on without it
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class's training images
-    test_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class, where the source has no test split
-    train_per_class: Count | None  # keep at most so many images of a class (after the split); null: all
+    test_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class, if the source has no test split
+    train_per_class: Count | None  # at most so many images of each class, after the split; null: all
     test_per_class: Count | None
 
 
 class Validate(Section):
-    """What the prepared data must satisfy. What exceeds a limit is an error or a warning: validation/suite.py."""
+    """Limits for the prepared data. Exceeding one is an error unless marked as a warning: validation/suite.py."""
 
-    stop_on: Literal["error", "warning"]  # how severe a finding must be to stop the chain
+    stop_on: Literal["error", "warning"]  # the least severity that stops the pipeline
     min_images_per_class: Count  # in every split
     max_imbalance: Annotated[float, Field(ge=1.0)]  # largest class / smallest class of the training split
-    max_shared_images: CountOrZero  # images that stand, pixel for pixel, in more than one split
-    max_repeated_images: CountOrZero  # images that stand, pixel for pixel, in their split already; warning
-    max_label_conflicts: CountOrZero  # images whose pixels carry another label elsewhere
-    max_near_duplicates: CountOrZero  # images that look like one of another split; warning
-    max_pixel_drift: NotNegative  # change of a channel's mean or std, in accepted std; warning
-    max_class_drift: Probability  # share of images that would have to change class; warning
+    max_shared_images: CountOrZero  # images with identical pixels in more than one split
+    max_repeated_images: CountOrZero  # images with identical pixels in the same split; warning
+    max_label_conflicts: CountOrZero  # images whose pixels also occur with another label
+    max_near_duplicates: CountOrZero  # images that resemble one of another split; warning
+    max_pixel_drift: NotNegative  # change of a channel's mean or std, in stds of the accepted data; warning
+    max_class_drift: Probability  # fraction of images that would have to change class; warning
 
 
 class WideResNet(Section):
     name: Literal["wide_resnet"]
-    depth: Annotated[int, Field(ge=10), AfterValidator(_depth)]
+    depth: Depth
     widen_factor: Count
 
 
@@ -114,16 +84,16 @@ Architecture = Annotated[WideResNet | PreActResNet18 | ResNet18, Field(discrimin
 
 
 class D2RMethod(Section):
-    """The published method: CAG and the dual regularization loss."""
+    """The published method: CAG examples and the dual regularization loss."""
 
     name: Literal["d2r"]
     clean_weight: NotNegative  # 20 as published
     adv_weight: NotNegative  # 30 as published
-    freeze_guidance: bool  # keep the guidance as pretrained; false as published
+    freeze_guidance: bool  # do not train the guidance further; false as published
 
 
 class LbgatMethod(Section):
-    """LBGAT (Cui et al. 2021), D2R's forerunner."""
+    """LBGAT (Cui et al. 2021), the predecessor of D2R."""
 
     name: Literal["lbgat"]
     beta: NotNegative  # 6 as published for CIFAR-10, 0 is LBGAT0
@@ -143,7 +113,7 @@ class AdversarialMethod(Section):
 
 
 class StandardMethod(Section):
-    """No attack: what the others are measured against."""
+    """Training on clean images only: the non-robust baseline."""
 
     name: Literal["standard"]
 
@@ -154,10 +124,10 @@ Method = Annotated[
 
 
 class Average(Section):
-    """An average of the target's weights, kept instead of the weights themselves."""
+    """An average of the target's weights, evaluated and saved instead of the last weights."""
 
     name: Literal["none", "ema", "swa"]
-    decay: Annotated[float, Field(gt=0.0, lt=1.0)]  # of ema, at each step
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)]  # of ema, per step
     from_epoch: Count
 
 
@@ -169,7 +139,7 @@ class WeightPerturbation(Section):
 
 
 class Optimisation(Section):
-    """What the two training stages have in common: SGD with momentum over augmented batches."""
+    """The keys that both training stages share: SGD with momentum on augmented batches."""
 
     architecture: Architecture
     batch_size: Count
@@ -177,27 +147,27 @@ class Optimisation(Section):
     schedule: Literal["step", "constant", "cosine", "one_cycle"]
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
     weight_decay: NotNegative
-    crop_padding: CountOrZero  # random crop after padding by so many pixels; 0: none
+    crop_padding: CountOrZero  # pixels of padding before a random crop; 0: no crop
     flip: bool  # random horizontal flip
 
 
 class Pretrain(Optimisation):
-    """Standard training of the guidance model; 0 epochs is the published random start."""
+    """Standard training of the guidance model; 0 epochs: random weights, as published."""
 
     epochs: CountOrZero
 
 
 class Train(Optimisation):
-    """Adversarial training of the target model: D2R + CAG, or a rival on equal terms."""
+    """Adversarial training of the target model: D2R with CAG, or a baseline under the same conditions."""
 
     method: Method
     epochs: Count
-    eps: Distance  # radius of the adversarial examples, Linf, images in [0, 1]
+    eps: Distance  # Linf radius of the adversarial examples; pixels are in [0, 1]
     step_size: Distance
     steps: Count
-    # What follows is off in the published recipe.
+    # The published recipe disables the following.
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
-    gradient_clip: Positive | None  # largest norm
+    gradient_clip: Positive | None  # maximum norm
     weight_perturbation: WeightPerturbation
     average: Average
 
@@ -212,13 +182,13 @@ class Evaluate(Section):
     steps: Count  # of PGD and CW
     restarts: Count  # of PGD and CW, each from its own random start
     autoattack: Literal["quick", "standard"]  # quick: its APGD-CE and APGD-T alone
-    autoattack_images: CountOrZero  # AutoAttack runs on so many test images, class-balanced; 0: not run
-    check_images: Count  # curves and self-checks stand on so many test images, class-balanced
-    precision: Literal["fp32", "tf32", "bf16"]  # of the networks' passes; fp32 is the reference
+    autoattack_images: CountOrZero  # test images for AutoAttack, class-balanced; 0: skip it
+    check_images: Count  # test images for curves and self-checks, class-balanced
+    precision: Literal["fp32", "tf32", "bf16"]  # of forward and backward passes; fp32 is the reference
 
     @field_validator("eps", "step_size")
     @classmethod
-    def _in_the_images_range(cls, value: float, others: ValidationInfo) -> float:
+    def _within_pixel_range(cls, value: float, others: ValidationInfo) -> float:
         if others.data.get("norm") == "Linf" and value > 1:  # 8 for 8/255
             raise PydanticCustomError(
                 "linf", "at most 1 in Linf, since images are in [0, 1]; fractions such as 8/255 are read"
@@ -227,7 +197,7 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    gallery_images: Annotated[int, Field(ge=1, le=32)]  # shown with their adversarial twins
+    gallery_images: Annotated[int, Field(ge=1, le=32)]  # shown beside their adversarial versions
 
 
 class Promote(Section):
@@ -235,23 +205,23 @@ class Promote(Section):
 
     model_name: Text
     min_clean_accuracy: Probability
-    min_robust_accuracy: Probability  # against the worst of the attacks for each image
-    max_regression: Probability  # how far below the champion's robust accuracy a challenger may lie, on the same data
+    min_robust_accuracy: Probability  # against the strongest attack on each image
+    max_regression: Probability  # how far a challenger may be below the champion's robust accuracy on the same data
 
 
 class Tracking(Section):
-    uri: Text  # of the MLflow tracking server; the variable MLFLOW_TRACKING_URI wins
+    uri: Text  # of the MLflow tracking server; MLFLOW_TRACKING_URI overrides it
     experiment: Text
 
 
 class Runtime(Section):
-    """Where and how fast the two trainings run."""
+    """Where and how fast the two training stages run."""
 
     device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["fp32", "tf32", "bf16"]  # of the networks' passes; fp32 is the reference
-    compile: Literal["auto", "on", "off"]  # auto: on a GPU that has a C compiler beside it
-    save_minutes: Positive  # between two writes of the training state; every epoch's end is written as well
-    max_minutes: Positive | None  # save and stop after so long; run again to continue
+    precision: Literal["fp32", "tf32", "bf16"]  # of forward and backward passes; fp32 is the reference
+    compile: Literal["auto", "on", "off"]  # auto: on a GPU, if a C compiler is installed
+    save_minutes: Positive  # between writes of the training state; it is also written after every epoch
+    max_minutes: Positive | None  # save and stop after this time; run again to resume
 
 
 class Settings(Section):
@@ -280,16 +250,16 @@ class Settings(Section):
 
 
 def load(path: Path) -> Settings:
-    """Read and check a parameter file.
+    """Read and validate a parameter file.
 
     Raises:
-        UserError: the file is missing, is not YAML, or holds a key or a value that is not allowed; one message
-            names all the mistakes.
+        UserError: the file is missing, is not valid YAML, or has missing, unknown or invalid keys; one message lists
+            all of them.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). `d2r use digits` puts a complete one in place.") from None
+        raise UserError(f"{path}: cannot be read ({error}). `d2r use digits` creates a complete one.") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -298,7 +268,7 @@ def load(path: Path) -> Settings:
 
 
 def parse(values: object, name: str = "params.yaml") -> Settings:
-    """Check a parameter mapping; `name` is the file that messages speak of. Raises UserError."""
+    """Validate a mapping of parameters; error messages call it `name`. Raises UserError."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:

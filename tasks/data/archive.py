@@ -1,4 +1,4 @@
-"""Files in a folder or a zip archive, listed with distrust and read in place: nothing is extracted to the disk."""
+"""Untrusted files in a folder or a zip archive, checked and read in place: nothing is extracted to disk."""
 
 import os
 import stat
@@ -15,66 +15,70 @@ from d2r_core.errors import UserError
 MAX_FILES = 2_000_000
 MAX_FILE_BYTES = 2**28  # a file is read into memory as a whole
 MAX_TOTAL_BYTES = 2**40  # of all files of an archive, unpacked
-MAX_RATIO = 200  # of all files, unpacked, to the archive; deflate itself reaches 1032
-_LEFT_BY_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
+MAX_RATIO = 200  # of the unpacked size of all files to the size of the archive; deflate can reach 1032
+_SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 _ENCRYPTED = 0x1  # in the flags of a zip member
 
 
 class Entry(NamedTuple):
-    """A file or a folder (its name ends in "/")."""
+    """A file, or a folder, whose name ends in "/"."""
 
-    name: str  # relative to the place that was listed, with "/" between the parts
-    shown: str  # how messages name it
-    read: Callable[[], bytes] | None  # None for a folder; threads may read at the same time
+    name: str  # relative to the listed folder or archive, with "/" as separator
+    display_name: str  # in messages
+    read: Callable[[], bytes] | None  # None for a folder; safe to call from several threads
 
 
-def opened(path: Path, stack: ExitStack) -> list[Entry]:
-    """All that stands in a folder or zip archive, sorted by name; hidden files are left out.
+def list_entries(path: Path, stack: ExitStack) -> list[Entry]:
+    """All files and folders in a folder or zip archive, sorted by name, without hidden files.
 
-    The entries can be read as long as `stack` is open. If everything lies in one folder, as in most archives, names are
-    relative to that one, unless it is called train or test.
+    The entries can be read as long as `stack` is open. If everything is in one top-level folder, as in most archives,
+    names are relative to that folder, unless it is called train or test.
 
     Raises:
-        UserError: nothing is there, an archive is damaged, or what it holds cannot be trusted.
+        UserError: `path` does not exist, an archive is damaged, or the content is not safe to read.
     """
     if not path.exists():
         raise UserError(
-            f"{path}: does not exist. Put the data there, or let prepare.path (params.yaml) name its place."
+            f"{path}: does not exist. Put the data there, or set prepare.path (params.yaml) to its location."
         )
     try:
         entries = list(_folder(path) if path.is_dir() else _zip(path, stack))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
-    return _unwrapped(sorted(entries, key=lambda entry: entry.name))
+    return _strip_top_folder(sorted(entries, key=lambda entry: entry.name))
 
 
 def hidden(name: str) -> bool:
-    """Whether a file was left by an operating system, not by a person."""
-    return any(part.startswith(".") or part in _LEFT_BY_SYSTEMS for part in name.split("/"))
+    """Whether a file is hidden or was created by an operating system."""
+    return any(part.startswith(".") or part in _SYSTEM_FILES for part in name.split("/"))
 
 
 def _folder(path: Path) -> Iterator[Entry]:
-    found = 0
+    count = 0
 
     def walk(folder: Path, prefix: str) -> Iterator[Entry]:
-        nonlocal found
+        nonlocal count
         with os.scandir(folder) as children:
             for child in children:
                 if hidden(child.name):
                     continue
-                name, shown = f"{prefix}{child.name}", str(folder / child.name)
-                found += 1
-                if found > MAX_FILES:
-                    raise UserError(f"{path}: holds more than {MAX_FILES} files. Name the folder of the images only.")
+                name, display_name = f"{prefix}{child.name}", str(folder / child.name)
+                count += 1
+                if count > MAX_FILES:
+                    raise UserError(
+                        f"{path}: contains more than {MAX_FILES} files. Set prepare.path to the folder of the images."
+                    )
                 if child.is_symlink():
-                    raise UserError(f"{shown}: is a link, and may lead anywhere. Put the files themselves there.")
+                    raise UserError(
+                        f"{display_name}: is a link, which is not followed. Put the files themselves there."
+                    )
                 if child.is_dir():
-                    yield Entry(f"{name}/", f"{shown}/", None)
+                    yield Entry(f"{name}/", f"{display_name}/", None)
                     yield from walk(folder / child.name, f"{name}/")
                 elif child.is_file():
-                    yield Entry(name, shown, partial(_read_file, folder / child.name))
+                    yield Entry(name, display_name, partial(_read_file, folder / child.name))
                 else:
-                    raise UserError(f"{shown}: is neither a file nor a folder. Remove it.")
+                    raise UserError(f"{display_name}: is neither a file nor a folder. Remove it.")
 
     return walk(path, "")
 
@@ -83,7 +87,7 @@ def _read_file(path: Path) -> bytes:
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"more than {MAX_FILE_BYTES // 2**20} MiB")
+        raise ValueError(f"larger than {MAX_FILE_BYTES // 2**20} MiB")
     return content
 
 
@@ -92,8 +96,8 @@ def _zip(path: Path, stack: ExitStack) -> Iterator[Entry]:
         archive = stack.enter_context(ZipFile(path))
     except (BadZipFile, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"{path}: is not a zip archive, or a damaged one ({error}). Copy or pack it again; prepare.path "
-            "(params.yaml) takes a folder or a zip archive."
+            f"{path}: is not a zip archive or is damaged ({error}). Copy or create it again; prepare.path "
+            "(params.yaml) must be a folder or a zip archive."
         ) from None
     members = archive.infolist()
     _check_size(path, members)
@@ -107,54 +111,54 @@ def _zip(path: Path, stack: ExitStack) -> Iterator[Entry]:
 
 
 def _check_size(path: Path, members: list[ZipInfo]) -> None:
-    """Refuse an archive that would fill memory or time: a bomb."""
+    """Refuse an archive that would exhaust memory or time (a zip bomb)."""
     total = sum(member.file_size for member in members)
     if len(members) > MAX_FILES:
-        raise UserError(f"{path}: has {len(members)} members; at most {MAX_FILES} are allowed. Pack the images only.")
+        raise UserError(f"{path}: has {len(members)} members; at most {MAX_FILES} are allowed. Pack only the images.")
     if total > MAX_TOTAL_BYTES:
         raise UserError(
-            f"{path}: holds {total / 2**30:.0f} GiB, unpacked; at most {MAX_TOTAL_BYTES // 2**30} are allowed. "
+            f"{path}: unpacks to {total / 2**30:.0f} GiB; at most {MAX_TOTAL_BYTES // 2**30} GiB are allowed. "
             "Pack fewer or smaller images."
         )
-    # Also where members share their compressed bytes, since it is the whole archive that counts.
+    # Relative to the whole archive, since several members may share the same compressed bytes.
     ratio = total / path.stat().st_size
     if ratio > MAX_RATIO:
         raise UserError(
-            f"{path}: unpacks to {ratio:.0f} times its size; at most {MAX_RATIO} are allowed. Images do not compress "
-            "that well: look at what it holds, or unpack it by hand and name the folder."
+            f"{path}: unpacks to {ratio:.0f} times its size; at most {MAX_RATIO} times is allowed, since images do not "
+            "compress that well. Check its content, or unpack it manually and set prepare.path to the folder."
         )
 
 
 def _check_member(path: Path, member: ZipInfo) -> None:
-    """Refuse what is not a plain file or folder below the archive's top."""
+    """Refuse a member that is not a plain file or folder inside the archive."""
     name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
     if name.startswith("/") or ".." in name.split("/") or "\\" in name or ":" in name.split("/")[0]:
         raise UserError(
             f"{path}: the member {name!r} points outside the archive or is not a plain path. "
-            "Pack the archive again with relative names."
+            "Create the archive again with relative names."
         )
     if kind == stat.S_IFLNK:
         raise UserError(
-            f"{path}: the member {name!r} is a link, and may lead anywhere. Pack the files themselves (zip without -y)."
+            f"{path}: the member {name!r} is a link, which is not followed. Pack the files themselves (zip without -y)."
         )
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):  # 0: packed by a system without such kinds
-        raise UserError(f"{path}: the member {name!r} is neither a file nor a folder. Pack the archive without it.")
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):  # 0: created on a system without Unix modes
+        raise UserError(f"{path}: the member {name!r} is neither a file nor a folder. Create the archive without it.")
     if member.flag_bits & _ENCRYPTED:
-        raise UserError(f"{path}: the member {name!r} is encrypted. Pack the archive again without a password.")
+        raise UserError(f"{path}: the member {name!r} is encrypted. Create the archive without a password.")
     if member.file_size > MAX_FILE_BYTES:
         raise UserError(
-            f"{path}: the member {name!r} has {member.file_size / 2**20:.0f} MiB, unpacked; at most "
-            f"{MAX_FILE_BYTES // 2**20} are allowed. Pack the archive without it."
+            f"{path}: the member {name!r} unpacks to {member.file_size / 2**20:.0f} MiB; at most "
+            f"{MAX_FILE_BYTES // 2**20} MiB are allowed. Create the archive without it."
         )
 
 
 def _read_member(archive: ZipFile, member: ZipInfo, lock: Lock) -> bytes:
     with lock, archive.open(member) as file:
-        # Never more than the size that was checked, whatever the compressed data hold.
+        # Never more than the size that was checked, whatever the compressed data contain.
         return file.read(member.file_size)
 
 
-def _unwrapped(entries: list[Entry]) -> list[Entry]:
+def _strip_top_folder(entries: list[Entry]) -> list[Entry]:
     tops = {entry.name.split("/")[0] for entry in entries}
     deep = any(entry.read and entry.name.count("/") > 1 for entry in entries)
     if not deep or len(tops) > 1 or tops <= {"train", "test"}:

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 from the published archives, which hold pickles.
+"""CIFAR-10 and CIFAR-100 from the published archives, which contain pickles.
 
-No byte of them is looked at before the archive's checksum is found to be the published one, and even then the pickles
-can make arrays, lists and text only. Nothing is extracted to the disk.
+An archive is opened only if its checksum is the published one, and even then its pickles can build nothing but arrays,
+lists, dictionaries, numbers and text. Nothing is extracted to disk.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from PIL import Image
 from d2r_core.errors import UserError
 from tasks.data.samples import Sample, Source
 
-_DOWNLOAD_TIMEOUT = 60.0  # seconds without an answer
+_DOWNLOAD_TIMEOUT = 60.0  # seconds without a response
 
 
 class Published(NamedTuple):
@@ -29,9 +29,9 @@ class Published(NamedTuple):
     md5: str
     train: tuple[str, ...]  # members of the archive
     test: tuple[str, ...]
-    meta: str  # the member that names the classes
-    classes: str  # its key for them
-    labels: str  # the key for the labels in the others
+    meta: str  # the member with the class names
+    classes: str  # the key of the class names in `meta`
+    labels: str  # the key of the labels in the other members
 
 
 PUBLISHED = {
@@ -60,15 +60,15 @@ def load(name: str, path: Path) -> Source:
     """Read `cifar10` or `cifar100`.
 
     Args:
-        path: the archive, or the folder where it lies or is downloaded to.
+        path: the archive, or the folder that contains it or that it is downloaded to.
 
     Raises:
-        UserError: the archive is not the published one, or is not there and cannot be downloaded.
+        UserError: the archive is not the published one, or is missing and cannot be downloaded.
     """
     published = PUBLISHED[name]
     archive = path / Path(published.url).name if path.is_dir() else path
     if not archive.parent.is_dir():
-        raise UserError(f"{path}: does not exist. Make the folder, or let prepare.path (params.yaml) name another one.")
+        raise UserError(f"{path}: does not exist. Create the folder, or set prepare.path (params.yaml) to another one.")
     if not archive.exists():
         _download(published, archive)
     else:
@@ -88,33 +88,33 @@ def load(name: str, path: Path) -> Source:
         ValueError,
     ) as error:
         raise UserError(
-            f"{archive}: is not in the format of {name} ({error}). Put a copy of {published.url} there."
+            f"{archive}: is not in the format of {name} ({error}). Replace it by a copy of {published.url}."
         ) from None
     return Source(classes, train, test)
 
 
 def _check(published: Published, archive: Path) -> None:
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
-    if found != published.md5:
+        md5 = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+    if md5 != published.md5:
         raise UserError(
-            f"{archive}: is not the published archive (its MD5 is {found}, not {published.md5}). Remove it, and it is "
-            f"downloaded again, or put a whole copy of {published.url} in its place."
+            f"{archive}: is not the published archive (its MD5 is {md5}, not {published.md5}). Remove it to download "
+            f"it again, or replace it by a complete copy of {published.url}."
         )
 
 
-def _contents(archive: Path, wanted: set[str]) -> dict[str, Any]:
-    """What the wanted members of the archive hold, by name."""
+def _contents(archive: Path, names: set[str]) -> dict[str, Any]:
+    """The unpickled content of the named members of the archive."""
     contents = {}
     with tarfile.open(archive, "r:gz") as members:
         for member in members:
-            if member.name in wanted and (file := members.extractfile(member)):
-                contents[member.name] = _Arrays(file, encoding="latin1").load()
+            if member.name in names and (file := members.extractfile(member)):
+                contents[member.name] = _ArrayUnpickler(file, encoding="latin1").load()
     return contents
 
 
-class _Arrays(pickle.Unpickler):
-    """Can build lists, dictionaries, text, numbers and arrays, and call nothing else."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds lists, dictionaries, text, numbers and arrays, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         match module, name:
@@ -122,7 +122,7 @@ class _Arrays(pickle.Unpickler):
                 return np.empty(0).__reduce__()[0]
             case "numpy", ("ndarray" | "dtype"):
                 return getattr(np, name)
-        raise pickle.UnpicklingError(f"a pickle asks for {module}.{name}, which no image needs")
+        raise pickle.UnpicklingError(f"a pickle refers to {module}.{name}, which is not allowed")
 
 
 def _samples(contents: dict[str, Any], members: tuple[str, ...], key: str, classes: int) -> list[Sample]:
@@ -130,7 +130,7 @@ def _samples(contents: dict[str, Any], members: tuple[str, ...], key: str, class
     for member in members:
         images, labels = np.asarray(contents[member]["data"]), contents[member][key]
         if images.dtype != np.uint8 or not set(labels) <= set(range(classes)):
-            raise ValueError(f"{member} holds {images.dtype} images or labels beyond 0 to {classes - 1}")
+            raise ValueError(f"{member} has {images.dtype} images or labels outside 0 to {classes - 1}")
         images = images.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
         samples += [
             Sample(f"{member}[{i}]", label, partial(Image.fromarray, image))
@@ -140,19 +140,18 @@ def _samples(contents: dict[str, Any], members: tuple[str, ...], key: str, class
 
 
 def _download(published: Published, archive: Path) -> None:
-    """Fetch the archive and check it against the published MD5; it appears in its place as a whole or not at all."""
+    """Download the archive and check its MD5; it is moved to its path only when it is complete."""
     from torchvision.datasets.utils import download_url
 
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # else a silent server stops the chain for ever
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # or an unresponsive server would block the pipeline for ever
     try:
         with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".download.") as folder:
             download_url(published.url, folder, archive.name, published.md5)
             Path(folder, archive.name).replace(archive)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise UserError(
-            f"{published.url}: cannot be downloaded ({error}). Put the archive by hand at {archive} "
-            f"(MD5 {published.md5})."
+            f"{published.url}: cannot be downloaded ({error}). Download it manually to {archive} (MD5 {published.md5})."
         ) from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous)

@@ -1,4 +1,4 @@
-"""What the prepared data say of themselves."""
+"""Reads the manifest of the prepared data."""
 
 import json
 from typing import Any
@@ -8,10 +8,10 @@ from tasks.config.paths import Paths
 
 
 def read_manifest(paths: Paths) -> dict[str, Any]:
-    """Classes, counts, shapes, hash, source. Raises UserError if absent."""
+    """Source, classes, counts, shape and content hash. Raises UserError if the file is missing or damaged."""
     try:
         content = json.loads(paths.manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{paths.manifest}: cannot be read ({error}). `dvc repro prepare` makes it.") from None
+        raise UserError(f"{paths.manifest}: cannot be read ({error}). `dvc repro prepare` creates it.") from None
     assert isinstance(content, dict)
     return content

@@ -1,4 +1,4 @@
-"""Samples to pixels on several threads, in order, with few of them in memory at once."""
+"""Decodes samples on several threads, in order, with few images in memory at once."""
 
 import os
 import warnings
@@ -13,34 +13,34 @@ from tasks.data import image_decoding
 from tasks.data.image_decoding import Decoded
 from tasks.data.samples import Sample
 
-_PART = 64  # samples that a thread takes at once
-_PART_BYTES = 2**23  # of their pixels, at most
-# Threads, since Pillow lets others run while it decodes; more than these only wait for the interpreter.
+_CHUNK = 64  # samples per unit of work
+_CHUNK_BYTES = 2**23  # of their pixels, at most
+# Threads suffice, since Pillow releases the interpreter lock while it decodes; more of them only wait for the lock.
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def in_order(samples: list[Sample], size: int, threads: int) -> Generator[Decoded | str, None, None]:
-    """For each sample its pixels, or the reason why there are none.
+def decode_in_order(samples: list[Sample], size: int, threads: int) -> Generator[Decoded | str, None, None]:
+    """For each sample, the decoded image, or the reason why it could not be decoded.
 
-    Close the iterator (contextlib.closing) if it is left early: the threads end then.
+    Close the generator (contextlib.closing) when stopping early, so that the threads end.
     """
-    step = max(1, min(_PART, _PART_BYTES // (3 * size * size)))
+    step = max(1, min(_CHUNK, _CHUNK_BYTES // (3 * size * size)))
     stop = Event()
 
     def decode(start: int) -> list[Decoded | str]:
         return [_decode(sample, size) for sample in samples[start : start + step] if not stop.is_set()]
 
     pool = ThreadPoolExecutor(threads)
-    ahead: deque[Future[list[Decoded | str]]] = deque()
+    pending: deque[Future[list[Decoded | str]]] = deque()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images.decode has its own limit
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # image_decoding.decode has its own limit
         try:
             for start in range(0, len(samples), step):
-                ahead.append(pool.submit(decode, start))
-                if len(ahead) > 2 * threads:
-                    yield from ahead.popleft().result()
-            while ahead:
-                yield from ahead.popleft().result()
+                pending.append(pool.submit(decode, start))
+                if len(pending) > 2 * threads:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -50,5 +50,5 @@ def _decode(sample: Sample, size: int) -> Decoded | str:
     try:
         with sample.open() as image:
             return image_decoding.decode(image, size)
-    except Exception as error:  # decoders meet damaged files with errors of every kind
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
         return image_decoding.reason(error)

@@ -1,4 +1,4 @@
-"""What every source of images comes to: classes, and samples that are not decoded yet."""
+"""The common form of all image sources: class names, and samples that are not decoded yet."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from tasks.data import splitting
 
 
 class Sample(NamedTuple):
-    name: str  # where it came from, for messages
+    name: str  # origin of the image, for messages
     label: int
-    open: Callable[[], Image.Image]  # threads may open different samples at the same time
+    open: Callable[[], Image.Image]  # different samples may be opened from several threads
 
 
 @dataclass(frozen=True)
 class Source:
-    """`train` and `test` have images of every class."""
+    """Class names and samples; `train` and `test` have images of every class."""
 
     classes: list[str]
     train: list[Sample]
     test: list[Sample]
-    grey: bool = False  # grey images belong to it: converted, whatever prepare.on_mismatch says
+    grey: bool = False  # grey images are part of the data set: converted, whatever prepare.on_mismatch is
 
 
-def cut(classes: list[str], samples: list[Sample], fraction: float, rng: np.random.Generator) -> Source:
-    """A source without a test split of its own: `fraction` of each class becomes one."""
+def with_test_split(classes: list[str], samples: list[Sample], fraction: float, rng: np.random.Generator) -> Source:
+    """A source that has no test split of its own: `fraction` of each class becomes the test split."""
     train, test = splitting.hold_out(labels(samples), fraction, rng)
     return Source(classes, [samples[i] for i in train], [samples[i] for i in test])
 

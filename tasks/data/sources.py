@@ -1,4 +1,4 @@
-"""Where images come from: each source as classes and samples, in an order that depends on nothing but their names."""
+"""Opens any image source as classes and samples, in an order that depends only on their names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,38 +14,38 @@ from tasks.data.samples import Sample, Source
 
 
 @contextmanager
-def opened(prepare: Prepare, root: Path, rng: np.random.Generator) -> Iterator[Source]:
-    """The source that the settings name. Its samples can be opened while the context lasts.
+def open_source(prepare: Prepare, root: Path, rng: np.random.Generator) -> Iterator[Source]:
+    """The source of the settings. Its samples can be opened while the context is active.
 
     Args:
-        root: what a relative `prepare.path` is relative to.
-        rng: cuts the test split of a source that has none of its own.
+        root: base folder of a relative `prepare.path`.
+        rng: draws the test split of a source that has none of its own.
 
     Raises:
-        UserError: the data is missing, cannot be downloaded or trusted, or has another layout than the source's.
+        UserError: the data are missing, cannot be downloaded, are unsafe to read, or do not have the source's layout.
     """
     path = root / prepare.path
     match prepare.source:
         case "digits":
             yield _digits(prepare.test_fraction, rng)
         case "image_folder":
-            with image_folder.opened(path, prepare.test_fraction, rng) as source:
+            with image_folder.open_source(path, prepare.test_fraction, rng) as source:
                 yield source
         case "tiny_imagenet":
-            with tiny_imagenet.opened(path) as source:
+            with tiny_imagenet.open_source(path) as source:
                 yield source
         case "cifar10" | "cifar100":
             yield cifar.load(prepare.source, path)
 
 
 def _digits(test_fraction: float, rng: np.random.Generator) -> Source:
-    """The 1797 handwritten digits that scikit-learn brings along: 8 x 8, 17 shades of grey."""
+    """The 1797 handwritten digits that come with scikit-learn: 8 x 8, 17 shades of grey."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    found = [
+    all_samples = [
         Sample(f"digits[{i}]", int(label), partial(Image.fromarray, image))
         for i, (image, label) in enumerate(zip(images, digits.target, strict=True))
     ]
-    return samples.cut([str(name) for name in digits.target_names], found, test_fraction, rng)
+    return samples.with_test_split([str(name) for name in digits.target_names], all_samples, test_fraction, rng)

@@ -1,4 +1,4 @@
-"""Seeded choices of images, class by class."""
+"""Seeded selection of images within each class."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,22 +7,22 @@ Index = NDArray[np.int64]
 
 
 def hold_out(labels: Index, fraction: float, rng: np.random.Generator) -> tuple[Index, Index]:
-    """Split the images in two: those kept, and `fraction` of each class (rounded, at least one) held out.
+    """Hold out `fraction` of each class (rounded, at least one image).
 
     Args:
         labels: (N,).
 
     Returns:
-        The positions kept and the positions held out, each ascending; together 0 .. N - 1.
+        The remaining and the held-out positions, each ascending; together 0 .. N - 1.
     """
-    held = np.zeros(len(labels), dtype=bool)
+    held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        held[rng.permutation(members)[: max(1, round(fraction * len(members)))]] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+        held_out[rng.permutation(members)[: max(1, round(fraction * len(members)))]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def at_most(labels: Index, count: int, rng: np.random.Generator) -> Index:
-    """The ascending positions of `count` randomly chosen images of each class, or of all that a class has."""
+def limit_per_class(labels: Index, count: int, rng: np.random.Generator) -> Index:
+    """The ascending positions of `count` random images of each class, or of all images of a smaller class."""
     chosen = [rng.permutation(np.flatnonzero(labels == label))[:count] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen))

@@ -1,7 +1,7 @@
-"""A user's own data as versions under DVC: one archive for each data set, in data/raw/NAME/.
+"""Versions a user's own data with DVC: one archive per data set, in data/raw/NAME/.
 
-Git remembers which version a commit used (data/raw/NAME.dvc), DVC keeps the content. Nothing here imports DVC: it runs
-as a child, as a person would run it.
+Git records which version a commit uses (data/raw/NAME.dvc), DVC stores the content. DVC is not imported, but runs as a
+child process, as on the command line.
 """
 
 import hashlib
@@ -24,50 +24,50 @@ from tasks.data import archive
 from tasks.pipeline import dvc
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip archive knows
+_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest time in a zip archive
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 
 
 @dataclass(frozen=True)
 class Version:
-    """A data set as data/raw/NAME.dvc records it."""
+    """A data set as recorded in data/raw/NAME.dvc."""
 
     name: str
     bytes: int
-    md5: str  # of its content, as DVC counts it
-    used: bool  # prepare.path names it
-    here: bool  # its content is in data/raw, not in the cache or a remote only
+    md5: str  # of its content, as DVC computes it
+    used: bool  # prepare.path refers to it
+    present: bool  # in data/raw, not only in the cache or a remote
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two versions compared by the content of their files; each entry is a line for people."""
+    """The differences of two versions by the content of their files; each entry is a line of text."""
 
     added: list[str]
     removed: list[str]
-    relabelled: list[str]  # same content, another folder
-    same: int
+    relabelled: list[str]  # same content in another folder
+    unchanged: int
 
 
 def add(source: Path, name: str, paths: Paths, *, force: bool) -> tuple[Path, bool]:
-    """Put a folder or an archive under DVC as data/raw/`name`; return that folder and whether its content is new.
+    """Add a folder or an archive to DVC as data/raw/`name`; return that folder and whether its content is new.
 
-    A folder is packed into one zip archive, the same bytes whenever its files are the same; an archive stays as it is.
+    A folder is packed into one zip archive, with the same bytes whenever its files are the same; an archive is copied.
 
     Raises:
-        UserError: there is nothing that could be added, or `name` is taken by other content and not `force`.
+        UserError: the source cannot be added, or `name` has other content and `force` is false.
     """
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"--name {name!r}: a name has letters, digits, '.', '_' and '-', and starts with one of the first two."
+            f"--name {name!r}: a name may contain letters, digits, '.', '_' and '-', and starts with a letter or digit."
         )
-    dvc.order(paths)  # in a project's own folder?
+    dvc.order(paths)  # raises outside of a project
     folder = _folder(name, paths)
     record = folder.with_name(f"{name}.dvc")
     if folder.exists() and not record.exists():
-        raise UserError(f"{folder}: exists and is not under DVC. Move it elsewhere and add it from there.")
+        raise UserError(f"{folder}: exists and is not tracked by DVC. Move it elsewhere and add it from there.")
     if source.exists() and folder.exists() and source.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{source}: is the data set {name} itself. Add the folder or archive that it should become.")
+        raise UserError(f"{source}: is part of the data set {name} itself. Add a folder or archive from elsewhere.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as scratch:
         new = Path(scratch, "new")
@@ -77,12 +77,10 @@ def add(source: Path, name: str, paths: Paths, *, force: bool) -> tuple[Path, bo
             if folder.exists() and _contents(new) == _contents(folder):
                 return folder, False
             if not force:
-                compared = (
-                    "holds other content" if folder.exists() else "is not here to be compared (`dvc pull` fetches it)"
-                )
+                reason = "has other content" if folder.exists() else "is not present for comparison (run `dvc pull`)"
                 raise UserError(
-                    f"{folder}: {compared}. `--force` makes this its new version; the old one stays in DVC's cache and "
-                    f"in git's history of {record}. Or choose another --name."
+                    f"{folder}: {reason}. `--force` makes this its new version; the old one stays in DVC's cache and "
+                    f"in the git history of {record}. Or choose another --name."
                 )
         _replace(folder, new, record, Path(scratch, "old"), paths)
     return folder, True
@@ -95,20 +93,20 @@ def versions(paths: Paths) -> list[Version]:
 
 
 def compare(before: str, after: str, paths: Paths) -> Difference:
-    """Compare two data sets, each a path, a name, or NAME@REVISION of git, file by file by the hash of the content.
+    """Compare two data sets file by file, by the hash of the content. Each is a path, a name, or NAME@GIT_REVISION.
 
     Raises:
-        UserError: one of them is not there or cannot be read.
+        UserError: one of them does not exist or cannot be read.
     """
-    with _located(before, paths) as first, _located(after, paths) as second:
+    with _locate(before, paths) as first, _locate(after, paths) as second:
         old, new = _hashes(first), _hashes(second)
     both = old.keys() & new.keys()
-    moved = {digest for digest in both if _places(old[digest]) != _places(new[digest])}
+    moved = {digest for digest in both if _folders(old[digest]) != _folders(new[digest])}
     return Difference(
         added=sorted(name for digest in new.keys() - both for name in new[digest]),
         removed=sorted(name for digest in old.keys() - both for name in old[digest]),
         relabelled=sorted(f"{', '.join(old[digest])} -> {', '.join(new[digest])}" for digest in moved),
-        same=len(both) - len(moved),
+        unchanged=len(both) - len(moved),
     )
 
 
@@ -117,16 +115,16 @@ def _folder(name: str, paths: Paths) -> Path:
 
 
 def _pack(source: Path, new: Path, name: str) -> None:
-    """Fill the folder `new` with the archive that `source` is or becomes."""
+    """Copy the archive `source` into the folder `new`, or pack the folder `source` into an archive there."""
     try:
         if source.is_dir():
             with ExitStack() as stack:
-                entries = [entry for entry in archive.opened(source, stack) if entry.read]
+                entries = [entry for entry in archive.list_entries(source, stack) if entry.read]
                 if not entries:
-                    raise UserError(f"{source}: holds no file. Add a folder of images or an archive.")
+                    raise UserError(f"{source}: contains no files. Add a folder of images or an archive.")
                 if all(entry.name.lower().endswith(_ARCHIVES) for entry in entries):
-                    for entry in entries:  # a data set in parts
-                        shutil.copyfile(entry.shown, new / PurePosixPath(entry.name).name)
+                    for entry in entries:  # a data set of several archives
+                        shutil.copyfile(entry.display_name, new / PurePosixPath(entry.name).name)
                 else:
                     _zip(entries, new / f"{name}.zip")
         elif source.is_file():
@@ -134,19 +132,19 @@ def _pack(source: Path, new: Path, name: str) -> None:
                 raise UserError(f"{source}: is neither a folder nor an archive ({', '.join(_ARCHIVES)}).")
             shutil.copyfile(source, new / source.name)
         else:
-            raise UserError(f"{source}: does not exist. Name a folder of images or an archive.")
+            raise UserError(f"{source}: does not exist. Give a folder of images or an archive.")
     except OSError as error:
         raise UserError(f"{source}: cannot be read or packed ({error}).") from None
 
 
 def _zip(entries: list[archive.Entry], target: Path) -> None:
-    """Names, order, times and modes depend on nothing but the files; images are compressed already."""
+    """Pack the entries reproducibly, without compression: names, order, times and modes depend only on the files."""
     with ZipFile(target, "w", ZIP_STORED) as packed:
         for entry in entries:
             assert entry.read
             info = ZipInfo(entry.name, _TIME)
             info.external_attr = 0o644 << 16
-            info.create_system = 3  # Unix, wherever it is packed
+            info.create_system = 3  # Unix, on every system
             packed.writestr(info, entry.read())
 
 
@@ -155,14 +153,14 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _replace(folder: Path, new: Path, record: Path, old: Path, paths: Paths) -> None:
-    """Put `new` in the place of `folder` and tell DVC; if DVC fails, everything is as it was."""
+    """Replace `folder` by `new` and add it to DVC; if DVC fails, restore the previous state."""
     ignored = folder.with_name(".gitignore")
     texts = {file: file.read_bytes() if file.exists() else None for file in (record, ignored)}
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     try:
-        dvc.ask(["add", "--quiet", str(folder.relative_to(paths.root))], paths)
+        dvc.run_dvc(["add", "--quiet", str(folder.relative_to(paths.root))], paths)
     except BaseException:
         shutil.rmtree(folder)
         if old.exists():
@@ -184,53 +182,55 @@ def _version(record: Path, used: Path) -> Version:
             bytes=int(out["size"]),
             md5=str(out["md5"]).removesuffix(".dir"),
             used=used.is_relative_to(folder.resolve()),
-            here=folder.exists(),
+            present=folder.exists(),
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{record}: cannot be read as a record of DVC ({error!r}). Restore it from git.") from None
+        raise UserError(f"{record}: is not a valid .dvc file ({error!r}). Restore it from git.") from None
 
 
 @contextmanager
-def _located(what: str, paths: Paths) -> Iterator[Path]:
-    """Where the content of a data set lies while the context lasts."""
-    name, _, revision = what.partition("@")
-    if Path(what).exists():
-        yield Path(what)
+def _locate(reference: str, paths: Paths) -> Iterator[Path]:
+    """The path of the content of a data set, while the context is active."""
+    name, _, revision = reference.partition("@")
+    if Path(reference).exists():
+        yield Path(reference)
     elif not _NAME.fullmatch(name):
-        raise UserError(f"{what}: does not exist; give a path, a name that `d2r data list` shows, or NAME@REVISION.")
+        raise UserError(
+            f"{reference}: does not exist. Give a path, a name listed by `d2r data list`, or NAME@REVISION."
+        )
     elif revision:
         with tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch, name)
-            where = f"data/raw/{name}"
+            folder = f"data/raw/{name}"
             try:
-                dvc.ask(["get", ".", where, "--rev", revision, "--out", str(target)], paths)
+                dvc.run_dvc(["get", ".", folder, "--rev", revision, "--out", str(target)], paths)
             except UserError as error:
                 raise UserError(
-                    f"{what}: git has no such version of {where}, or its content is in no cache and no remote. "
-                    f"DVC says: {error}"
+                    f"{reference}: git has no such version of {folder}, or its content is in no cache and no remote. "
+                    f"DVC's message: {error}"
                 ) from None
             yield target
     elif _folder(name, paths).exists():
         yield _folder(name, paths)
     else:
         known = ", ".join(record.stem for record in sorted(_folder("", paths).glob("*.dvc"))) or "none"
-        pull = " It is under DVC: `dvc pull` fetches it." if _folder(f"{name}.dvc", paths).exists() else ""
-        raise UserError(f"{what}: is no path and no data set here; the data sets are: {known}.{pull}")
+        pull = " It is tracked by DVC: `dvc pull` fetches it." if _folder(f"{name}.dvc", paths).exists() else ""
+        raise UserError(f"{reference}: is neither a path nor a data set; the data sets are: {known}.{pull}")
 
 
-def _hashes(place: Path) -> dict[str, list[str]]:
-    """SHA-256 of every file's content -> the names it has, sorted; zip archives are looked into, not unpacked."""
-    found: dict[str, list[str]] = {}
+def _hashes(root: Path) -> dict[str, list[str]]:
+    """SHA-256 of every file's content -> its names, sorted; the members of zip archives count as files."""
+    names_by_hash: dict[str, list[str]] = {}
     with ExitStack() as stack:
-        for entry in archive.opened(place, stack):
-            if entry.read and place.is_dir() and entry.name.lower().endswith(".zip"):
-                for digest, names in _hashes(Path(entry.shown)).items():
-                    found.setdefault(digest, []).extend(names)
+        for entry in archive.list_entries(root, stack):
+            if entry.read and root.is_dir() and entry.name.lower().endswith(".zip"):
+                for digest, names in _hashes(Path(entry.display_name)).items():
+                    names_by_hash.setdefault(digest, []).extend(names)
             elif entry.read:
-                found.setdefault(hashlib.sha256(entry.read()).hexdigest(), []).append(entry.name)
-    return {digest: sorted(names) for digest, names in found.items()}
+                names_by_hash.setdefault(hashlib.sha256(entry.read()).hexdigest(), []).append(entry.name)
+    return {digest: sorted(names) for digest, names in names_by_hash.items()}
 
 
-def _places(names: list[str]) -> list[str]:
-    """The folders that hold a content: its split and class."""
+def _folders(names: list[str]) -> list[str]:
+    """The folders of files with the same content: their splits and classes."""
     return sorted(str(PurePosixPath(name).parent) for name in names)

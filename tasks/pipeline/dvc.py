@@ -1,6 +1,6 @@
-"""Asks DVC for one stage: the order out of `dvc.yaml`, the run, and what is left behind when it fails.
+"""Runs single stages through DVC: their order from `dvc.yaml`, the run itself, and the clean-up after a failure.
 
-DVC alone decides what is up to date. Nothing here imports DVC: it runs as a child, as a person would run it.
+DVC alone decides what is up to date. It is not imported, but runs as a child process, as on the command line.
 """
 
 import difflib
@@ -21,106 +21,106 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.pipeline import process
 
-Outcome = Literal["ran", "restored", "up to date"]  # restored: DVC remembered a run with the same inputs
+StageResult = Literal["ran", "restored", "up to date"]  # restored: from DVC's cache of runs with the same inputs
 
 
 class BusyError(UserError):
-    """Another DVC process holds what this one needs: the one failure that a retry can mend."""
+    """Another DVC process holds a lock that is needed: the one failure that a retry can fix."""
 
 
 def order(paths: Paths) -> list[str]:
-    """The stages of `dvc.yaml`, each after those whose outs it needs. Raises UserError if there is no `dvc.yaml`."""
+    """The stages of `dvc.yaml`, each after those whose outs it depends on. Raises UserError without a `dvc.yaml`."""
     return list(TopologicalSorter(upstream(paths)).static_order())
 
 
 def upstream(paths: Paths) -> dict[str, set[str]]:
-    """For every stage, the stages whose outs it needs."""
+    """For every stage, the stages whose outs it depends on."""
     stages = _stages(paths)
     return {
-        name: {maker for dep in stage.get("deps", []) if (maker := _maker(dep, stages))}
+        name: {producer for dep in stage.get("deps", []) if (producer := _producer(dep, stages))}
         for name, stage in stages.items()
     }
 
 
 def outs(stage: dict[str, Any]) -> list[str]:
-    """The paths that a stage, as `dvc.yaml` describes it, makes."""
+    """The output paths of a stage of `dvc.yaml`."""
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
     # With options an entry is a mapping of one path.
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
 def status(paths: Paths) -> dict[str, Any]:
-    """DVC's own answer to what is not up to date: stage -> reasons; empty if everything is.
+    """The stages that are not up to date, with DVC's reasons; empty if all are.
 
     Raises:
         BusyError: a stage is running.
-        UserError: DVC cannot tell; the message is its own.
+        UserError: `dvc status` failed; contains its message.
     """
-    said = ask(["status", "--json"], paths)
-    answer: dict[str, Any] = json.loads(next(line for line in reversed(said) if line.startswith("{")))
-    return answer
+    lines = run_dvc(["status", "--json"], paths)
+    changed: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+    return changed
 
 
 def recorded(paths: Paths) -> set[str]:
-    """The stages of which `dvc.lock` records a good run."""
+    """The stages with a successful run in `dvc.lock`."""
     if not paths.dvc_lock.is_file():
         return set()
     return set(yaml.safe_load(paths.dvc_lock.read_text(encoding="utf-8"))["stages"])
 
 
-def cache(paths: Paths) -> str:
-    """The folder where DVC keeps the contents of all outs."""
-    return ask(["cache", "dir"], paths)[-1]
+def cache_folder(paths: Paths) -> str:
+    """The folder in which DVC stores the contents of all outs."""
+    return run_dvc(["cache", "dir"], paths)[-1]
 
 
-def ask(arguments: list[str], paths: Paths) -> list[str]:
-    """Run `dvc ARGUMENTS` in the project and return the lines it wrote. Raises UserError with DVC's own words."""
-    code, said = _dvc(arguments, paths)
+def run_dvc(arguments: list[str], paths: Paths) -> list[str]:
+    """Run `dvc ARGUMENTS` in the project and return its output lines. Raises UserError with DVC's message."""
+    code, lines = _execute(arguments, paths)
     if code:
-        raise _error(said)
-    return said
+        raise _error(lines)
+    return lines
 
 
-def reproduce(stage: str, paths: Paths, log: Callable[[str], None]) -> Outcome:
-    """Run one stage through `dvc repro --single-item`, unless DVC finds it up to date.
+def reproduce(stage: str, paths: Paths, log: Callable[[str], None]) -> StageResult:
+    """Run one stage with `dvc repro --single-item`, unless DVC considers it up to date.
 
-    Every line that the stage prints goes to `log` as it comes; progress bars go to the terminal if there is one.
-    DVC deletes a stage's outs before it runs: when the stage fails or is interrupted (Ctrl-C, termination, a timeout),
-    its whole process group is ended and the outs of its last good run are put back.
+    Every output line of the stage is passed to `log` immediately; progress bars go to the terminal if there is one.
+    DVC deletes the outs of a stage before it runs. If the stage fails or is interrupted (Ctrl-C, termination, timeout),
+    its whole process group is terminated and the outs of its last successful run are restored.
 
     Raises:
-        BusyError: another DVC process is at work on the same files; nothing was touched.
-        UserError: the parameters, an input or the stage itself is at fault; carries what the stage said last.
+        BusyError: another DVC process is working on the same files; nothing was changed.
+        UserError: the parameters, an input or the stage itself failed; contains the last output of the stage.
     """
     stages = _stages(paths)
     if stage not in stages:
         close = difflib.get_close_matches(stage, stages, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise UserError(f"there is no stage {stage!r}.{hint} The stages are: {', '.join(order(paths))}.")
-    # Both checks come before DVC, which would have deleted the outs by the time it finds the mistake.
+    # Both checks come before DVC, which deletes the outs before it detects these errors.
     _check_inputs(stage, stages, settings_file.load(paths.params), paths)
     running = True
 
     def relay(line: str) -> None:
         nonlocal running
-        # What DVC says after the stage is advice on git, six times in a chain.
+        # After the stage, DVC only prints advice about git, once per stage.
         running = running and line not in ("Generating lock file 'dvc.lock'", "Updating lock file 'dvc.lock'")
         if running:
             log(line)
 
     try:
-        code, said = _dvc(["repro", "--single-item", stage], paths, relay, terminal=sys.stderr.isatty())
+        code, lines = _execute(["repro", "--single-item", stage], paths, relay, terminal=sys.stderr.isatty())
     except BaseException:
         log(f"stage {stage!r} was interrupted.{_restore(stage, paths)}".replace("\n", " "))
         raise
     if code == 0:
-        if f"Stage '{stage}' didn't change, skipping" in said:
+        if f"Stage '{stage}' didn't change, skipping" in lines:
             return "up to date"
-        return "restored" if f"Stage '{stage}' is cached - skipping run, checking out outputs" in said else "ran"
-    error = _error(said)
+        return "restored" if f"Stage '{stage}' is cached - skipping run, checking out outputs" in lines else "ran"
+    error = _error(lines)
     if isinstance(error, BusyError):
         raise error
-    # A stage that failed with all its outs in place meant them to be read: the documents of a failed validation.
+    # A stage that fails with all its outs written intends them to be read: the reports of a failed validation.
     complete = all((paths.root / out).exists() for out in outs(stages[stage]))
     raise UserError(f"stage {stage!r} failed: {error}{'' if complete else _restore(stage, paths)}")
 
@@ -133,8 +133,8 @@ def _stages(paths: Paths) -> dict[str, dict[str, Any]]:
     return stages
 
 
-def _maker(dep: str, stages: dict[str, dict[str, Any]]) -> str | None:
-    """The stage that makes `dep`: one of its outs is `dep`, or a folder that holds it."""
+def _producer(dep: str, stages: dict[str, dict[str, Any]]) -> str | None:
+    """The stage that produces `dep`: one of its outs is `dep` or a folder that contains it."""
     for name, stage in stages.items():
         if any(PurePosixPath(dep).is_relative_to(out) for out in outs(stage)):
             return name
@@ -147,67 +147,69 @@ def _check_inputs(stage: str, stages: dict[str, dict[str, Any]], settings: Setti
         path = re.sub(r"\$\{(.+?)\}", lambda key: str(values[key[1]]), dep)
         if (paths.root / path).exists():
             continue
-        if maker := _maker(dep, stages):
+        if producer := _producer(dep, stages):
             raise UserError(
-                f"stage {stage!r} needs {path}, which stage {maker!r} makes: run `d2r stage {maker}` first."
+                f"stage {stage!r} needs {path}, which stage {producer!r} produces: run `d2r stage {producer}` first."
             )
-        if record := _record(path, paths):
-            _pull(record, path, paths)
+        if dvc_file := _dvc_file(path, paths):
+            _pull(dvc_file, path, paths)
             continue
         key = re.search(r"\$\{(.+?)\}", dep)
         where = f"params.yaml: {key[1]} is {path!r}" if key else f"stage {stage!r} needs {path}"
         raise UserError(f"{where}, which does not exist.")
 
 
-def _record(path: str, paths: Paths) -> str | None:
-    """The `.dvc` file that keeps `path`, or a folder above it, under DVC; None if there is none."""
-    places = [PurePosixPath(path), *PurePosixPath(path).parents]
-    return next((f"{place}.dvc" for place in places if place.name and (paths.root / f"{place}.dvc").is_file()), None)
+def _dvc_file(path: str, paths: Paths) -> str | None:
+    """The `.dvc` file that tracks `path` or a folder above it; None if there is none."""
+    candidates = [f"{each}.dvc" for each in (PurePosixPath(path), *PurePosixPath(path).parents) if each.name]
+    return next((candidate for candidate in candidates if (paths.root / candidate).is_file()), None)
 
 
-def _pull(record: str, path: str, paths: Paths) -> None:
-    """Fetch data that is under DVC and not here, from the cache or the remote."""
+def _pull(dvc_file: str, path: str, paths: Paths) -> None:
+    """Fetch missing data that DVC tracks from the cache or the remote."""
     try:
-        ask(["pull", record], paths)
+        run_dvc(["pull", dvc_file], paths)
     except BusyError:
         raise
     except UserError as error:
-        said = str(error).partition("\n")[0]
-        more = "" if "Checkout failed" in said else f" DVC says: {said}"
+        reason = str(error).partition("\n")[0]
+        details = "" if "Checkout failed" in reason else f" DVC's message: {reason}"
         raise UserError(
-            f"{path}: is under DVC ({record}), and neither the cache here nor the remote has its content. Run "
-            f"`dvc push` where the data is, or name its remote (`dvc remote add -d`).{more}"
+            f"{path}: is tracked by DVC ({dvc_file}), but neither the local cache nor the remote has its content. Run "
+            f"`dvc push` where the data is available, or configure the remote (`dvc remote add -d`).{details}"
         ) from None
 
 
 def _restore(stage: str, paths: Paths) -> str:
-    """Put back the outs that `dvc.lock` records for the stage; return what became of them, as a line."""
+    """Restore the outs of the stage's last run in `dvc.lock`; return one line for the message about the failure."""
     if stage not in recorded(paths):
         return ""
-    code, said = _dvc(["checkout", "--force", stage], paths)
+    code, lines = _execute(["checkout", "--force", stage], paths)
     if code:
-        return f"\nIts last good results could not be put back: {_error(said)}"
-    return "\nIts last good results are back in place."
+        return f"\nThe results of its last successful run could not be restored: {_error(lines)}"
+    return "\nThe results of its last successful run are restored."
 
 
-def _error(said: list[str]) -> UserError:
-    """What went wrong, from the last lines of DVC and of the stage in it."""
-    dvc = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
-    if any("is busy" in line or "Unable to acquire lock" in line for line in dvc):
-        return BusyError("another DVC process is at work here; wait for it to end. DVC says:\n" + "\n".join(said))
-    own = [line for line in said if not line.startswith(("ERROR: ", "Running stage ", "> "))]
-    # A stage says what a user can mend as "error: ..." (tasks/config/entry_point.py); all else is shown as it stands.
-    starts = [number for number, line in enumerate(own) if line.startswith("error: ")]
+def _error(lines: list[str]) -> UserError:
+    """The error in the output of DVC and of the stage that it ran."""
+    from_dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if any("is busy" in line or "Unable to acquire lock" in line for line in from_dvc):
+        return BusyError(
+            "another DVC process is running in this project; wait until it ends. DVC's message:\n" + "\n".join(lines)
+        )
+    from_stage = [line for line in lines if not line.startswith(("ERROR: ", "Running stage ", "> "))]
+    # A stage reports a UserError as "error: ..." (tasks/config/entry_point.py); other output is shown unchanged.
+    starts = [number for number, line in enumerate(from_stage) if line.startswith("error: ")]
     if starts:
-        return UserError("\n".join(own[starts[-1] :]).removeprefix("error: "))
-    return UserError("\n".join([*dvc, *own[-20:]]))
+        return UserError("\n".join(from_stage[starts[-1] :]).removeprefix("error: "))
+    return UserError("\n".join([*from_dvc, *from_stage[-20:]]))
 
 
-def _dvc(
+def _execute(
     arguments: list[str], paths: Paths, log: Callable[[str], None] = lambda line: None, *, terminal: bool = False
 ) -> tuple[int, list[str]]:
-    """Run `dvc ARGUMENTS` in the project; return its exit code and the lines it wrote."""
-    # This environment's own `python` first, lines as they are printed, and a shell without a person's own settings.
+    """Run `dvc ARGUMENTS` in the project; return its exit code and its output lines."""
+    # This environment's `python` first in PATH, unbuffered output, and a shell without the user's configuration.
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
     environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "SHELL": "/bin/sh"}
     command = [sys.executable, "-m", "dvc", *arguments]

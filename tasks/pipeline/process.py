@@ -1,4 +1,4 @@
-"""A child process that never outlives us: its output line by line, its progress bars on our terminal."""
+"""Runs a child process that never outlives this one: passes on its output by lines and its progress bars."""
 
 import os
 import re
@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-GRACE = 10.0  # seconds that an interrupted child has to clean up before it is killed
+GRACE = 10.0  # seconds for an interrupted child to clean up before it is killed
 
 
 def run(
     command: list[str], *, cwd: Path, environment: Mapping[str, str], log: Callable[[str], None], terminal: bool
 ) -> tuple[int, list[str]]:
-    """Run a command in a process group of its own; return its exit code and the lines it wrote.
+    """Run a command in its own process group; return its exit code and its output lines.
 
-    Lines go to `log` as they come. With `terminal`, the child's stderr is a terminal whose content is shown on ours at
-    once, as progress bars need it; its lines stand at the end of those returned. Without, stderr and stdout are one
-    stream, so that the order of the lines is kept.
+    Lines are passed to `log` immediately. With `terminal`, the child's stderr is a pseudo-terminal whose content is
+    copied to our stderr at once, so that progress bars work; its lines come last in the result. Without `terminal`,
+    stderr and stdout are one stream, so that the order of lines is preserved.
 
-    Any exception, Ctrl-C and timeouts among them, ends the whole process group before it goes on.
+    Any exception, including Ctrl-C and timeouts, ends the whole process group before it propagates.
     """
-    ours, stderr = _terminal() if terminal else (None, subprocess.STDOUT)
+    master, stderr = _open_terminal() if terminal else (None, subprocess.STDOUT)
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -37,72 +37,72 @@ def run(
     ) as child:
         assert child.stdout is not None
         try:
-            if ours is not None:
-                os.close(stderr)  # the child has it; we would never see its end
-            lines = _relay(child.stdout.fileno(), ours, log)
+            if master is not None:
+                os.close(stderr)  # or we would never see end-of-file after the child closes it
+            lines = _relay(child.stdout.fileno(), master, log)
             return child.wait(), lines
         except BaseException:
-            _end(child)
+            _terminate(child)
             raise
         finally:
-            if ours is not None:
-                os.close(ours)
+            if master is not None:
+                os.close(master)
 
 
-def _terminal() -> tuple[int, int]:
-    """A terminal of our own terminal's size: our end and the child's."""
-    ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, termios.tcgetwinsize(sys.stderr.fileno()))
-    return ours, theirs
+def _open_terminal() -> tuple[int, int]:
+    """The master and slave ends of a pseudo-terminal with the size of our own terminal."""
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, termios.tcgetwinsize(sys.stderr.fileno()))
+    return master, slave
 
 
 def _relay(stdout: int, terminal: int | None, log: Callable[[str], None]) -> list[str]:
-    """Pass on what a child writes until it, and all that it started, have closed both."""
-    said: list[str] = []
-    rest = drawn = b""
+    """Pass on the output until the child and all its descendants have closed both streams; return the lines."""
+    lines: list[str] = []
+    rest = from_terminal = b""
     opened = [stdout] if terminal is None else [stdout, terminal]
     while opened:
-        # One second at a time: a timeout that another thread raises in this one gets through between two calls only.
+        # With a timeout, since an exception raised in this thread by another one is only delivered between calls.
         for source in select.select(opened, [], [], 1.0)[0]:
             chunk = _read(source)
             if not chunk:
                 opened.remove(source)
             elif source == terminal:
                 os.write(sys.stderr.fileno(), chunk)
-                drawn += chunk
+                from_terminal += chunk
             else:
                 *complete, rest = (rest + chunk).split(b"\n")
                 for line in _readable(complete):
-                    said.append(line)
+                    lines.append(line)
                     log(line)
-    return [*said, *_readable([rest, *drawn.split(b"\n")])]
+    return [*lines, *_readable([rest, *from_terminal.split(b"\n")])]
 
 
 def _read(source: int) -> bytes:
     try:
         return os.read(source, 65536)
-    except OSError:  # how Linux says that nobody writes to a terminal any more
+    except OSError:  # Linux signals this way that a pseudo-terminal has no writer left
         return b""
 
 
 def _readable(raw: Iterable[bytes]) -> list[str]:
-    """Lines without colours and blank ones; of a line that a progress bar redrew after "\\r", what stood there last."""
+    """Non-blank lines without colours; of a line that a progress bar redrew after "\\r", the last version."""
     text = (re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.decode(errors="replace")) for line in raw)
-    drawn = (line.rstrip().rpartition("\r")[2] for line in text)
-    return [line for line in drawn if line]
+    final = (line.rstrip().rpartition("\r")[2] for line in text)
+    return [line for line in final if line]
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child's process group: it first gets the chance to clean up, and nothing outlives it.
+def _terminate(child: subprocess.Popen[bytes]) -> None:
+    """End the child's process group: it can clean up first, and then every process of the group is killed.
 
-    DVC waits for its stage on SIGINT, but leaves it behind on SIGTERM, so that comes second.
+    SIGTERM comes second: on SIGINT DVC waits for its stage, on SIGTERM it leaves the stage running.
     """
-    for number, patience in ((signal.SIGINT, GRACE), (signal.SIGTERM, GRACE / 2), (signal.SIGKILL, None)):
+    for number, seconds in ((signal.SIGINT, GRACE), (signal.SIGTERM, GRACE / 2), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
-        # A second Ctrl-C means: do not wait.
+        # A second Ctrl-C skips the wait.
         with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            child.wait(patience)
+            child.wait(seconds)
             break
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The page `reports/data.html`: what the prepared data look like, and what the validation found. It stands alone."""
+"""The page `reports/data.html`: the prepared data and the findings of the validation, in one self-contained file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ from d2r_core.data import Split
 from tasks.reporting import rendering
 from tasks.validation.great_expectations_runner import Finding
 
-_CLASSES = 500  # that are shown with their images; the table of counts has all
-_SAMPLES = 1000  # images shown of all classes together; at least one of each
-_SAMPLES_OF_A_CLASS = 12
-_LOSSLESS_SIDE = 32  # pixels; a smaller image is shown exactly as it is
-_SIDE = 64  # pixels; a larger one is reduced to this
-_SET_ASIDE = 100  # entries of the quarantine that are listed
+_MAX_CLASSES = 500  # shown with images
+_SAMPLES = 1000  # sample images of all classes together; at least one per class
+_SAMPLES_PER_CLASS = 12
+_LOSSLESS_SIDE = 32  # pixels; images up to this size are stored losslessly
+_SIDE = 64  # pixels; larger images are reduced to this
+_MAX_QUARANTINED = 100  # listed entries of the quarantine
 _CHUNK = 256  # images in floating point at once
-_TWINS = ("shared_with", "looks_like", "repeats")  # values that are the name of another image
+_OTHER_IMAGE = ("shared_with", "near_duplicate_of", "repeats")  # columns that hold the name of another image
 
 
 class Picture(NamedTuple):
@@ -43,9 +43,9 @@ def render(
     Its size does not grow with the number of images: about 1,000 thumbnails and the first offenders of each finding.
 
     Args:
-        images: one row for each image of the splits, in their order (tasks/validation/tables.py).
-        drift: against the data accepted before (tasks/validation/drift.py); None if there were none.
-        stops: whether the findings stop the chain.
+        images: one row per image of the splits, in their order (tasks/validation/tables.py).
+        drift: relative to the previously accepted data (tasks/validation/drift.py); None if there are none.
+        stops: whether the findings stop the pipeline.
     """
     shown = sorted(
         (finding for finding in findings if finding.offenders or not finding.ok),
@@ -61,7 +61,7 @@ def render(
         "stops": stops,
         "offenders": {finding.what: _offenders(finding, images, splits) for finding in shown},
         "drift": None if drift is None else drift.to_dict("records"),
-        "quarantine": quarantine[:_SET_ASIDE],
+        "quarantine": quarantine[:_MAX_QUARANTINED],
         "set_aside": len(quarantine),
         "splits": [
             {"name": name, "images": len(split), "mean": _mean(means[name].sum(0), int(counts[name].sum()))}
@@ -75,56 +75,56 @@ def render(
 def _classes(
     splits: Mapping[str, Split], images: pd.DataFrame, manifest: Mapping[str, Any], sums: Tensor, counts: Tensor
 ) -> list[dict[str, Any]]:
-    """The first classes: counts in each split, share and mean of the training images, and samples of them."""
+    """The first classes: counts per split, share and mean of the training images, and sample images."""
     names = manifest["classes"]
-    of_class = images[images["split"] == "train"].groupby("label").indices
-    most = max(1, int(counts.max()))
-    samples = max(1, min(_SAMPLES_OF_A_CLASS, _SAMPLES // len(names)))
+    rows_by_label = images[images["split"] == "train"].groupby("label").indices
+    largest = max(1, int(counts.max()))
+    samples = max(1, min(_SAMPLES_PER_CLASS, _SAMPLES // len(names)))
     rows = []
-    for label, name in enumerate(names[:_CLASSES]):
-        members = of_class.get(label, [])
-        chosen = torch.linspace(0, max(0, len(members) - 1), min(samples, len(members))).long().tolist()
+    for label, name in enumerate(names[:_MAX_CLASSES]):
+        members = rows_by_label.get(label, [])
+        selected = torch.linspace(0, max(0, len(members) - 1), min(samples, len(members))).long().tolist()
         rows.append(
             {
                 "name": name,
                 "counts": {split: listed["per_class"][label] for split, listed in manifest["splits"].items()},
                 "share": int(counts[label]) / max(1, int(counts.sum())),
-                "bar": int(counts[label]) / most,
+                "bar": int(counts[label]) / largest,
                 "mean": _mean(sums[label], int(counts[label])),
-                "samples": [_picture(splits["train"].images[members[position]]) for position in chosen],
+                "samples": [_picture(splits["train"].images[members[position]]) for position in selected],
             }
         )
     return rows
 
 
 def _means(splits: Mapping[str, Split], classes: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of each split: sums of the thumbnails of every class (C, 3, side, side), and how many there are (C,)."""
+    """For each split: the sum of the thumbnails of every class (C, 3, side, side), and their number (C,)."""
     sums, counts = {}, {}
     for name, split in splits.items():
-        known = (split.labels >= 0) & (split.labels < classes)
+        in_range = (split.labels >= 0) & (split.labels < classes)
         side = min(_LOSSLESS_SIDE, *split.images.shape[2:])
         total = torch.zeros(classes, 3, side, side, dtype=torch.float64)
-        for chunk, labels, kept in zip(
-            split.images.split(_CHUNK), split.labels.split(_CHUNK), known.split(_CHUNK), strict=True
+        for chunk, labels, valid in zip(
+            split.images.split(_CHUNK), split.labels.split(_CHUNK), in_range.split(_CHUNK), strict=True
         ):
-            small = F.adaptive_avg_pool2d(chunk[kept].float(), side).double()
-            total.index_add_(0, labels[kept], small)
-        sums[name], counts[name] = total, split.labels[known].bincount(minlength=classes)
+            small = F.adaptive_avg_pool2d(chunk[valid].float(), side).double()
+            total.index_add_(0, labels[valid], small)
+        sums[name], counts[name] = total, split.labels[in_range].bincount(minlength=classes)
     return sums, counts
 
 
 def _mean(total: Tensor, count: int) -> str | None:
-    """The mean of `count` images (3, H, W) whose sum is `total`; None if there are none."""
+    """A picture of the mean of `count` images (3, H, W) whose sum is `total`; None if `count` is 0."""
     return _picture((total / count).round().byte()) if count else None
 
 
 def _offenders(finding: Finding, images: pd.DataFrame, splits: Mapping[str, Split]) -> list[dict[str, Any]]:
-    """What a finding names, each with its image and, if it is about two, the other one."""
+    """The offenders of a finding with their images and, if there is another image involved, that image too."""
     rows = []
     for offender in finding.offenders:
-        twins = [value for key, value in offender.values.items() if key in _TWINS]
-        twins += [offender.values[key].rpartition(" (")[0] for key in ("also_labelled",) if key in offender.values]
-        pictures = [found for name in (offender.name, *twins) if (found := _find(name, images, splits))]
+        others = [value for key, value in offender.values.items() if key in _OTHER_IMAGE]
+        others += [offender.values[key].rpartition(" (")[0] for key in ("also_labelled",) if key in offender.values]
+        pictures = [picture for name in (offender.name, *others) if (picture := _find(name, images, splits))]
         rows.append(
             {
                 "name": offender.name,
@@ -145,7 +145,7 @@ def _find(name: str, images: pd.DataFrame, splits: Mapping[str, Split]) -> Pictu
 
 
 def _picture(image: Tensor) -> str:
-    """A data URI of an image uint8 (3, H, W), reduced if it is large."""
+    """An image uint8 (3, H, W) as a data URI, reduced if it is large."""
     height, width = image.shape[1:]
     if max(height, width) > _SIDE:
         image = F.adaptive_avg_pool2d(image.float(), _SIDE).round().byte()

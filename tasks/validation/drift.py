@@ -1,8 +1,8 @@
-"""Drift: how far class shares and pixel statistics have moved since the data that were accepted before these.
+"""Drift: how far class shares and pixel statistics differ from those of the previously accepted data.
 
-What was accepted is remembered in data/baseline.json, for each source the accepted data and those before them, so that
-a second look at the same data compares with the same predecessor and comes to the same findings. The file is no out of
-DVC's, which deletes outs before a stage runs; without it there is nothing to compare with.
+data/baseline.json records, for each source, the accepted data and those accepted before them, so that validating the
+same data again compares them with the same predecessor and gives the same findings. The file is not a DVC out, since
+DVC deletes outs before a stage runs. Without it, nothing is compared.
 """
 
 import json
@@ -19,15 +19,15 @@ from d2r_core.files import write_text
 
 _CHUNK = 256  # images whose squared pixels are in memory at once
 _CHANNELS = ("red", "green", "blue")
-_NAMED = 3  # classes that a row names
+_MAX_CLASSES = 3  # listed in a row
 
 Profile = dict[str, Any]
 
 
 def profile(splits: Mapping[str, Split], manifest: Mapping[str, Any]) -> Profile:
-    """What later data are compared with: hash and, for each split, class shares and mean and std of the channels.
+    """What later data are compared with: the hash, and per split the class shares and channel means and stds.
 
-    Shares are in [0, 1], pixels in 0 .. 255; labels that are no class count for nothing.
+    Shares are in [0, 1], pixels in 0 .. 255; labels that are not a class are ignored.
     """
     return {
         "hash": manifest["hash"],
@@ -53,7 +53,7 @@ def _split(split: Split, classes: list[str]) -> dict[str, Any]:
 
 
 def predecessor(path: Path, source: str, data_hash: str) -> Profile | None:
-    """The profile of the data of this source that were accepted before those with this hash; None if there are none.
+    """The profile of the data of this source that were accepted before the data with this hash, or None.
 
     Raises:
         UserError: the file is damaged.
@@ -61,17 +61,17 @@ def predecessor(path: Path, source: str, data_hash: str) -> Profile | None:
     slots = _read(path).get(source)
     if slots is None:
         return None
-    found: Profile | None = slots["before" if slots["accepted"]["hash"] == data_hash else "accepted"]
-    return found
+    previous: Profile | None = slots["before" if slots["accepted"]["hash"] == data_hash else "accepted"]
+    return previous
 
 
 def accept(path: Path, source: str, accepted: Profile) -> None:
-    """Remember accepted data; nothing is written if they are the last ones already."""
-    known = _read(path)
-    before = known[source]["accepted"] if source in known else None
+    """Record accepted data; nothing is written if they are the last accepted ones already."""
+    baselines = _read(path)
+    before = baselines[source]["accepted"] if source in baselines else None
     if before is None or before["hash"] != accepted["hash"]:
-        known[source] = {"accepted": accepted, "before": before}
-        write_text(path, json.dumps(known, indent=1) + "\n")
+        baselines[source] = {"accepted": accepted, "before": before}
+        write_text(path, json.dumps(baselines, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -84,8 +84,8 @@ def _read(path: Path) -> dict[str, Any]:
         complete = False
     if not complete:
         raise UserError(
-            f"{path}: cannot be read as what the last accepted data looked like. Restore it from git, or remove it: "
-            "the next data are then compared with none."
+            f"{path}: is not a valid record of the last accepted data. Restore it from git, or remove it to skip the "
+            "next comparison."
         )
     return content
 
@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Any]:
 def table(now: Profile, before: Profile) -> pd.DataFrame:
     """One row per split and figure.
 
-    Columns: figure (what it is, then and now), pixel_drift (change of a channel's mean or standard deviation, in
+    Columns: figure (its name, old and new value), pixel_drift (change of a channel's mean or standard deviation, in
     accepted standard deviations), class_drift (total variation distance of the class shares, in [0, 1]: the share of
     images that would have to change their class); one of the two is null.
     """
@@ -103,15 +103,16 @@ def table(now: Profile, before: Profile) -> pd.DataFrame:
         for channel in _CHANNELS:
             unit = max(1.0, old["pixels"][channel]["std"])
             for figure in ("mean", "std"):
-                then, here = old["pixels"][channel][figure], new["pixels"][channel][figure]
-                rows.append((f"{name}: {figure} of {channel} {then:.1f} -> {here:.1f}", abs(here - then) / unit, None))
+                earlier, later = old["pixels"][channel][figure], new["pixels"][channel][figure]
+                change = f"{name}: {figure} of {channel} {earlier:.1f} -> {later:.1f}"
+                rows.append((change, abs(later - earlier) / unit, None))
         changes = {
             label: (old["shares"].get(label, 0.0), new["shares"].get(label, 0.0))
             for label in old["shares"] | new["shares"]
         }
-        most = sorted(changes, key=lambda label: -abs(changes[label][0] - changes[label][1]))[:_NAMED]
-        named = ", ".join(f"{label} {changes[label][0]:.1%} -> {changes[label][1]:.1%}" for label in most)
-        drift = sum(abs(then - here) for then, here in changes.values()) / 2
-        rows.append((f"{name}: class shares, most {named}", None, drift))
+        most = sorted(changes, key=lambda label: -abs(changes[label][0] - changes[label][1]))[:_MAX_CLASSES]
+        largest = ", ".join(f"{label} {changes[label][0]:.1%} -> {changes[label][1]:.1%}" for label in most)
+        drift = sum(abs(earlier - later) for earlier, later in changes.values()) / 2
+        rows.append((f"{name}: class shares, most {largest}", None, drift))
     frame = pd.DataFrame(rows, columns=["figure", "pixel_drift", "class_drift"])
     return frame.astype({"pixel_drift": float, "class_drift": float}).round(4)

@@ -1,4 +1,4 @@
-"""Runs expectations on tables through Great Expectations and says what became of each."""
+"""Runs expectations on tables with Great Expectations and returns a finding for each."""
 
 import os
 import re
@@ -13,31 +13,31 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationValidationResult
-    from great_expectations.expectations.expectation import Expectation
+    from great_expectations.expectations.expectation import Expectation as GxExpectation
 
 os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when the package is imported
-_RUN_TIME = datetime(1970, 1, 1, tzinfo=UTC)  # of the Data Docs; see _settle
+_RUN_TIME = datetime(1970, 1, 1, tzinfo=UTC)  # in the Data Docs; see _make_reproducible
 _TIME = re.compile(r"\d{8}T\d{6}\.\d{6}Z")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_SHOWN = 10  # offenders that a finding names
-_SEVERITIES = {"error": "critical", "warning": "warning"}  # in the words of Great Expectations
+_MAX_OFFENDERS = 10  # listed in a finding
+_SEVERITIES = {"error": "critical", "warning": "warning"}  # ours -> Great Expectations'
 
-Severity = Literal["error", "warning"]  # whether it stops the chain or is shown (validate.stop_on)
+Severity = Literal["error", "warning"]  # what stops the pipeline: validate.stop_on
 
 
 @dataclass(frozen=True)
-class Check:
-    """An expectation on one table, with the words for it."""
+class Expectation:
+    """An expectation on one table, with its description."""
 
-    what: str
-    allowed: str
-    expectation: "Expectation"
-    why: str  # what goes wrong otherwise
+    what: str  # what is expected, in a few words; unique within a table
+    allowed: str  # the limit, in words
+    gx: "GxExpectation"
+    why: str  # the consequence if it is not met
     severity: Severity = "error"
 
 
 class Offender(NamedTuple):
-    """A row that failed: its name, and the values that were looked at."""
+    """A row that does not meet an expectation: its name, and the values that were checked."""
 
     name: str
     values: dict[str, Any]
@@ -48,7 +48,7 @@ class Offender(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a check."""
+    """The result of an expectation."""
 
     what: str
     observed: str
@@ -57,16 +57,16 @@ class Finding:
     severity: Severity
     why: str
     offenders: list[Offender]  # the first few
-    more: int  # offenders that are not listed
+    more: int  # further offenders
 
 
-def examine(
-    tables: Mapping[str, pd.DataFrame], checks: Mapping[str, list[Check]], docs: Path, run_name: str
+def run_expectations(
+    tables: Mapping[str, pd.DataFrame], expectations: Mapping[str, list[Expectation]], docs: Path, run_name: str
 ) -> list[Finding]:
-    """Run the checks of each table and write the Data Docs into the folder `docs`.
+    """Run the expectations of each table and write the Data Docs into the folder `docs`.
 
-    The first column of a table names its rows. An expectation that could not be computed, or that had nothing to look
-    at, is an error.
+    The first column of a table names its rows. An expectation that cannot be computed, or that has no rows to check,
+    fails as an error.
     """
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -85,10 +85,10 @@ def examine(
     source = context.data_sources.add_pandas("prepared")
     findings = []
     for name, table in tables.items():
-        for check in checks[name]:
-            check.expectation.description = f"{check.what}: {check.allowed}"
-            check.expectation.severity = FailureSeverity(_SEVERITIES[check.severity])
-        suite = context.suites.add(gx.ExpectationSuite(name, expectations=[c.expectation for c in checks[name]]))
+        for expectation in expectations[name]:
+            expectation.gx.description = f"{expectation.what}: {expectation.allowed}"
+            expectation.gx.severity = FailureSeverity(_SEVERITIES[expectation.severity])
+        suite = context.suites.add(gx.ExpectationSuite(name, expectations=[each.gx for each in expectations[name]]))
         data = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
         validation = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=data, suite=suite))
         result = validation.run(
@@ -100,50 +100,51 @@ def examine(
                 "return_unexpected_index_query": False,
             },
         )
-        # An expectation that Great Expectations does not know is dropped without a word.
-        assert len(result.results) == len(checks[name]), "not every expectation ran"
-        found = {entry.expectation_config.description: entry for entry in result.results if entry.expectation_config}
-        findings += [_finding(check, found[check.expectation.description], table) for check in checks[name]]
+        # Great Expectations silently drops an expectation that it does not know.
+        assert len(result.results) == len(expectations[name]), "not every expectation ran"
+        results = {entry.expectation_config.description: entry for entry in result.results if entry.expectation_config}
+        findings += [_finding(each, results[each.gx.description], table) for each in expectations[name]]
     context.build_data_docs()
-    _settle(docs)
+    _make_reproducible(docs)
     return findings
 
 
-def _finding(check: Check, found: "ExpectationValidationResult", table: pd.DataFrame) -> Finding:
+def _finding(expectation: Expectation, validation: "ExpectationValidationResult", table: pd.DataFrame) -> Finding:
     def finding(
         observed: str, ok: bool, severity: Severity, offenders: Sequence[Offender] = (), more: int = 0
     ) -> Finding:
-        return Finding(check.what, observed, check.allowed, ok, severity, check.why, list(offenders), more)
+        what, allowed, why = expectation.what, expectation.allowed, expectation.why
+        return Finding(what, observed, allowed, ok, severity, why, list(offenders), more)
 
-    result = found.result
-    errors = _errors(found.exception_info or {})
+    result, success = validation.result, bool(validation.success)
+    errors = _errors(validation.exception_info or {})
     if errors:
         return finding(f"error: {'; '.join(errors)}", False, "error")
     if "observed_value" in result:
-        return finding(str(result["observed_value"]), bool(found.success), check.severity)
+        return finding(str(result["observed_value"]), success, expectation.severity)
     count = result["unexpected_count"]
     rows = result["element_count"] - result.get("missing_count", 0)
-    if not rows:  # an expectation holds where there is nothing to look at
-        return finding("nothing to look at", False, "error")
+    if not rows:  # Great Expectations counts an expectation on no rows as met
+        return finding("no rows to check", False, "error")
     observed = f"{count} of {rows} fail" if count else f"all {rows} pass"
     key = table.columns[0]
     offenders = [
         Offender(str(row[key]), {name: value for name, value in row.items() if name != key})
-        for row in result["unexpected_index_list"][:_SHOWN]
+        for row in result["unexpected_index_list"][:_MAX_OFFENDERS]
     ]
-    return finding(observed, bool(found.success), check.severity, offenders, count - len(offenders))
+    return finding(observed, success, expectation.severity, offenders, count - len(offenders))
 
 
 def _errors(info: Mapping[str, Any]) -> list[str]:
-    """The messages of what an expectation raised: directly, or once for each figure that it needs."""
+    """The messages of the exceptions: one of the expectation itself, or one for each metric that it needs."""
     entries = [info] if "raised_exception" in info else list(info.values())
     return sorted({str(entry["exception_message"]) for entry in entries if entry["raised_exception"]})
 
 
-def _settle(docs: Path) -> None:
-    """Replace the random ids and the times in the pages, so that the same data makes the same files."""
+def _make_reproducible(docs: Path) -> None:
+    """Replace random ids and times in the pages, so that the same data give the same files."""
     for page in docs.rglob("*.html"):
         text = _TIME.sub(_RUN_TIME.strftime("%Y%m%dT%H%M%S.%fZ"), page.read_text(encoding="utf-8"))
-        for number, found in enumerate(dict.fromkeys(_UUID.findall(text))):
-            text = text.replace(found, str(uuid.UUID(int=number)))
+        for number, random_id in enumerate(dict.fromkeys(_UUID.findall(text))):
+            text = text.replace(random_id, str(uuid.UUID(int=number)))
         page.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Prepared data as tables that expectations can be put on: one row per image, class, file, and data set."""
+"""Prepared data as tables for expectations: one row per image, class, source file or data set."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ _CHUNK = 256  # images whose squared pixels are in memory at once
 def images(splits: Mapping[str, Split], classes: list[str], names: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """One row per image.
 
-    Columns: image (where it came from, from `names`), split, index, label, class, height, width, channels; minimum,
-    maximum, mean and std of its pixels (0 .. 255); sha256 of its pixels. The other columns name another image, or are
-    null: shared_with, the first with the same pixels, if that stands in an earlier split; repeats, the first with the
-    same pixels in this split; also_labelled, one with the same pixels and another label; looks_like, one of an earlier
-    split that looks the same and has other pixels.
+    Columns: image (its origin, from `names`), split, index, label, class, height, width, channels; minimum, maximum,
+    mean and std of its pixels (0 .. 255); sha256 of its pixels. The other columns name another image, or are null:
+    shared_with, the first with the same pixels, if that is in an earlier split; repeats, the first with the same pixels
+    in this split; also_labelled, one with the same pixels and another label; near_duplicate_of, one of an earlier split
+    that looks the same and has other pixels.
     """
     table = pd.concat([_split(name, split, classes, names[name]) for name, split in splits.items()], ignore_index=True)
     first = table.drop_duplicates("sha256").set_index("sha256").loc[table["sha256"]]
@@ -29,15 +29,15 @@ def images(splits: Mapping[str, Split], classes: list[str], names: Mapping[str, 
     within = table.groupby(["split", "sha256"], sort=False)["image"].transform("first")
     table["repeats"] = within.where(table.duplicated(["split", "sha256"]))
     table["also_labelled"] = _also_labelled(table, first)
-    near = near_duplicates.near([split.images for split in splits.values()])
-    table["looks_like"] = table["image"].reindex(near).to_numpy()  # row -1 is none
-    table.loc[table["shared_with"].notna(), "looks_like"] = None
+    rows = near_duplicates.find_near_duplicates([split.images for split in splits.values()])
+    table["near_duplicate_of"] = table["image"].reindex(rows).to_numpy()  # row -1: none
+    table.loc[table["shared_with"].notna(), "near_duplicate_of"] = None
     return table
 
 
 def _split(name: str, split: Split, classes: list[str], names: Sequence[str]) -> pd.DataFrame:
     labels = split.labels.tolist()
-    shown = [classes[label] if 0 <= label < len(classes) else f"label {label}" for label in labels]
+    class_names = [classes[label] if 0 <= label < len(classes) else f"label {label}" for label in labels]
     _, channels, height, width = split.images.shape
     return pd.DataFrame(
         {
@@ -45,7 +45,7 @@ def _split(name: str, split: Split, classes: list[str], names: Sequence[str]) ->
             "split": name,
             "index": range(len(split)),
             "label": labels,
-            "class": pd.Series(shown, dtype=object),
+            "class": pd.Series(class_names, dtype=object),
             "height": height,
             "width": width,
             "channels": channels,
@@ -56,7 +56,7 @@ def _split(name: str, split: Split, classes: list[str], names: Sequence[str]) ->
 
 
 def _also_labelled(table: pd.DataFrame, first: pd.DataFrame) -> Any:
-    """Of every image whose pixels carry two labels: the first one with those pixels and another label than its own."""
+    """For every image whose pixels have two labels: the first image with these pixels and the other label."""
     labels = table.drop_duplicates(["sha256", "label"])
     second = labels[labels.duplicated("sha256")].drop_duplicates("sha256").set_index("sha256")
     names = (second["image"] + " (" + second["class"] + ")").reindex(table["sha256"]).to_numpy()
@@ -66,24 +66,24 @@ def _also_labelled(table: pd.DataFrame, first: pd.DataFrame) -> Any:
 
 
 def _statistics(pixels: Tensor) -> dict[str, Any]:
-    """Of each image. The sums are whole numbers, so that a constant image has a standard deviation of exactly 0."""
-    # Filled in place: small results between large temporaries would keep the memory of these from being used again.
-    found = {name: np.empty(len(pixels), dtype=np.int64) for name in ("minimum", "maximum", "total", "squares")}
+    """Per image. The sums are integers, so that the standard deviation of a constant image is exactly 0."""
+    # Preallocated: small results allocated between large temporaries would fragment the memory of these.
+    sums = {name: np.empty(len(pixels), dtype=np.int64) for name in ("minimum", "maximum", "total", "squares")}
     for start in range(0, len(pixels), _CHUNK):
         chunk = pixels[start : start + _CHUNK].flatten(1)
         rows = slice(start, start + len(chunk))
-        found["minimum"][rows], found["maximum"][rows] = chunk.amin(1), chunk.amax(1)
-        found["total"][rows], found["squares"][rows] = chunk.sum(1), chunk.int().square_().sum(1)
+        sums["minimum"][rows], sums["maximum"][rows] = chunk.amin(1), chunk.amax(1)
+        sums["total"][rows], sums["squares"][rows] = chunk.sum(1), chunk.int().square_().sum(1)
     count = pixels[:1].numel()
-    total, squares = found.pop("total"), found.pop("squares")
-    return found | {"mean": total / count, "std": np.sqrt(count * squares - total**2) / count}
+    total, squares = sums.pop("total"), sums.pop("squares")
+    return sums | {"mean": total / count, "std": np.sqrt(count * squares - total**2) / count}
 
 
 def classes(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per split and class, also of those without an image, from the table of images.
+    """One row per split and class, including classes without images, from the table of images.
 
-    Columns: group ("train: cat"), images, manifest_images, imbalance (images of the largest class / of this one, in the
-    training split; null elsewhere and for a class without images).
+    Columns: group ("train: cat"), images, manifest_images, imbalance (images of the largest class / of this class, for
+    the training split; null for other splits and for a class without images).
     """
     rows = []
     for split, expected in manifest["splits"].items():
@@ -96,15 +96,17 @@ def classes(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def files(table: pd.DataFrame, quarantine: Sequence[Mapping[str, str]]) -> pd.DataFrame:
-    """One row per image of the source that was to be prepared.
+    """One row per selected image of the source.
 
-    Columns: image, set_aside (why it is in the quarantine and in no split; null for the others).
+    Columns: image, reason (why it is quarantined and in no split; null for prepared images).
     """
-    prepared = pd.DataFrame({"image": table["image"], "set_aside": None})
-    aside = [(f"{entry['name']} ({entry['split']}, {entry['class']})", entry["reason"]) for entry in quarantine]
-    return pd.concat([pd.DataFrame(aside, columns=["image", "set_aside"], dtype=object), prepared], ignore_index=True)
+    prepared = pd.DataFrame({"image": table["image"], "reason": None})
+    quarantined = [(f"{entry['name']} ({entry['split']}, {entry['class']})", entry["reason"]) for entry in quarantine]
+    return pd.concat(
+        [pd.DataFrame(quarantined, columns=["image", "reason"], dtype=object), prepared], ignore_index=True
+    )
 
 
 def dataset(splits: Mapping[str, Split], manifest: Mapping[str, Any]) -> pd.DataFrame:
-    """One row: hash of the content and manifest_hash, what the manifest says it is."""
+    """One row: hash of the content, and manifest_hash, the hash in the manifest."""
     return pd.DataFrame({"data": ["prepared"], "hash": [content_hash(splits)], "manifest_hash": [manifest["hash"]]})

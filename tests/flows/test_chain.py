@@ -1,4 +1,4 @@
-"""The whole chain for real: DVC, Prefect's flow, MLflow and the registry, on digits and on real CIFAR-10 images."""
+"""The whole pipeline with DVC, Prefect, MLflow and the registry, on digits and on real CIFAR-10 images."""
 
 import hashlib
 import json
@@ -6,50 +6,47 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import SHARED, copy_project
+from project import SHARED, clean_environment, commit, copy_project, git
 
 from tasks import prepare, pretrain, train
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 
 
 class Project:
-    """A checkout of its own in a temporary folder, driven as a user drives it."""
+    """A checkout in a temporary folder, used through its command line."""
 
     def __init__(self, root: Path, values: dict[str, Any]) -> None:
         self.root = root
-        copy_project(root)
         self.values = values
-        self.write()
-        for command in (
-            ["git", "init", "-q"],
-            ["git", "add", "-A"],
-            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
-        ):
-            subprocess.run(command, cwd=root, check=True)
-        # Prefect and MLflow of this project alone, whatever is configured on this machine.
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
-        self.environment = kept | {"PREFECT_HOME": str(root / ".prefect"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+        copy_project(root)
+        self.write_params()
+        commit(root)
+        # Its own Prefect and MLflow, whatever is configured on this machine.
+        self.environment = clean_environment(PREFECT_HOME=str(root / ".prefect"), PATH=f"{BIN}:{os.environ['PATH']}")
 
-    def write(self) -> None:
+    def write_params(self) -> None:
         (self.root / "params.yaml").write_text(yaml.safe_dump(self.values), encoding="utf-8")
 
     def run(self, *command: str, code: int = 0) -> str:
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=500, check=False
         )
-        assert done.returncode == code, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stdout + done.stderr
-        return done.stdout + done.stderr
+        output = process.stdout + process.stderr
+        assert process.returncode == code, f"{command} ended with {process.returncode}:\n{output}"
+        assert "Traceback" not in output
+        return output
 
     def json(self, name: str) -> Any:
         return json.loads((self.root / name).read_text(encoding="utf-8"))
@@ -62,23 +59,44 @@ class Project:
         from mlflow import MlflowClient
 
         uri, name = f"sqlite:///{self.root}/mlflow.db", self.values["promote"]["model_name"]
-        client = MlflowClient(uri, registry_uri=uri)  # whatever other tests have set
+        client = MlflowClient(uri, registry_uri=uri)  # independent of what other tests have set
         aliases = client.get_registered_model(name).aliases
         return {
-            int(found.version): (found.tags, {alias for alias, held in aliases.items() if held == found.version})
-            for found in client.search_model_versions(f"name = '{name}'")
+            int(entry.version): (entry.tags, {alias for alias, version in aliases.items() if version == entry.version})
+            for entry in client.search_model_versions(f"name = '{name}'")
         }
+
+    def snapshot(self) -> dict[str, str]:
+        """The hash of every file that a user or the registry reads, without caches and logs."""
+        folders = ("data", "models", "reports", "mlruns")
+        files = [path for folder in folders for path in (self.root / folder).rglob("*") if path.is_file()]
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in [*files, self.root / "dvc.lock"]}
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> Project:
-    """`d2r run` has run once in it."""
-    project = Project(tmp_path_factory.mktemp("chain"), tiny_values)
-    project.first_output = project.run("d2r", "run")  # type: ignore[attr-defined]
-    return project
+def first_run(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> tuple[Project, str]:
+    """A project in which `d2r run` has run once, and its output. Tests must not change it: see `changeable`."""
+    project = Project(tmp_path_factory.mktemp("chain") / "project", tiny_values)
+    return project, project.run("d2r", "run")
 
 
-def test_d2r_run_leaves_every_artifact_and_says_where(project: Project) -> None:
+@pytest.fixture
+def project(first_run: tuple[Project, str]) -> Project:
+    return first_run[0]
+
+
+@pytest.fixture
+def changeable(project: Project, tmp_path: Path, tiny_values: dict[str, Any]) -> Iterator[Project]:
+    """The same project, restored after the test. It stays in its folder, whose path MLflow's database contains."""
+    shutil.copytree(project.root, tmp_path / "backup", symlinks=True)
+    yield project
+    project.values = tiny_values
+    shutil.rmtree(project.root)
+    shutil.move(tmp_path / "backup", project.root)
+
+
+def test_d2r_run_writes_every_artifact_and_prints_where(first_run: tuple[Project, str]) -> None:
+    project, output = first_run
     for name in (
         "data/prepared/manifest.json",
         "reports/validation/index.html",
@@ -90,7 +108,6 @@ def test_d2r_run_leaves_every_artifact_and_says_where(project: Project) -> None:
         "reports/model_card.md",
     ):
         assert (project.root / name).stat().st_size > 0
-    output: str = project.first_output  # type: ignore[attr-defined]
     for word in ("FGSM", "PGD-2", "CW-2", "eps", "report.html", "model_card.md", "champion", "mlflow ui", "prefect"):
         assert word in output
 
@@ -98,18 +115,21 @@ def test_d2r_run_leaves_every_artifact_and_says_where(project: Project) -> None:
 def test_the_figures_agree_with_the_examples(project: Project) -> None:
     robustness, metrics = project.json("reports/robustness.json"), project.json("reports/metrics.json")
     examples = pd.read_parquet(project.root / "reports/examples.parquet")
-    right = examples.pivot_table(index=["model", "index"], columns="attack", values="correct", aggfunc="all")
-    for model, measured in robustness["models"].items():
-        for attack, figure in measured["attacks"].items():
-            correct = right.loc[model].all(axis=1) if attack == "worst" else right.loc[model][attack]
+    correct_by_attack = examples.pivot_table(
+        index=["model", "index"], columns="attack", values="correct", aggfunc="all"
+    )
+    for model, results in robustness["models"].items():
+        table = correct_by_attack.loc[model]
+        for attack, figure in results["attacks"].items():
+            correct = table.all(axis=1) if attack == "worst" else table[attack]
             assert figure["correct"] == correct.sum()
             assert figure["images"] == len(correct) == robustness["data"]["test_images"]
             assert figure["accuracy"] == pytest.approx(correct.mean())
             assert metrics[model][attack] == figure["accuracy"]
-    assert (examples["correct"] == (examples["margin"] > 0)).mean() > 0.99  # ties aside
+    assert (examples["correct"] == (examples["margin"] > 0)).mean() > 0.99  # except for ties
 
 
-def test_a_second_run_finds_everything_up_to_date_and_registers_nothing(project: Project) -> None:
+def test_a_second_run_is_up_to_date_and_registers_nothing(project: Project) -> None:
     before = project.versions()
     weights = project.weights()
     assert "up to date" in project.run("d2r", "run")
@@ -118,12 +138,9 @@ def test_a_second_run_finds_everything_up_to_date_and_registers_nothing(project:
     assert "Data and pipelines are up to date" in project.run("dvc", "repro")
 
 
-def test_the_version_carries_its_lineage(project: Project) -> None:
+def test_the_version_has_its_lineage(project: Project) -> None:
     ((tags, aliases),) = project.versions().values()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=project.root, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert tags["git_commit"] == commit
+    assert tags["git_commit"] == git(project.root, "rev-parse", "HEAD").strip()
     assert tags["git_dirty"] == "false"
     assert tags["data_hash"] == project.json("data/prepared/manifest.json")["hash"]
     assert tags["weights_sha256"] == project.weights()
@@ -135,51 +152,46 @@ def test_metrics_and_plots_can_be_shown(project: Project) -> None:
     assert "index.html" in project.run("dvc", "plots", "show", "--out", str(project.root / "plots"))
 
 
-def test_status_says_where_things_are(project: Project) -> None:
+def test_status_shows_where_artifacts_are(project: Project) -> None:
     status = project.run("d2r", "status")
     for word in ("up to date", "champion", "report.html", "sqlite:///mlflow.db"):
         assert word in status
 
 
-def test_a_mistyped_parameter_changes_nothing(project: Project) -> None:
-    before = snapshot(project.root)
-    text = (project.root / "params.yaml").read_text(encoding="utf-8")
-    (project.root / "params.yaml").write_text(text.replace("momentum", "momentun"), encoding="utf-8")
-    try:
-        output = project.run("d2r", "run", code=1)
-    finally:
-        project.write()
+def test_a_mistyped_parameter_changes_nothing(changeable: Project) -> None:
+    before = changeable.snapshot()
+    params = changeable.root / "params.yaml"
+    params.write_text(params.read_text(encoding="utf-8").replace("momentum", "momentun"), encoding="utf-8")
+    output = changeable.run("d2r", "run", code=1)
     assert "momentun is not a known key. Did you mean 'momentum'?" in output
-    assert snapshot(project.root) == before
+    assert changeable.snapshot() == before
 
 
-def test_a_failing_stage_leaves_the_last_good_results(project: Project) -> None:
-    before = snapshot(project.root)
-    project.values["train"]["learning_rate"] = 1e30
-    project.write()
-    try:
-        output = project.run("d2r", "run", code=1)
-    finally:
-        project.values["train"]["learning_rate"] = 0.05
-        project.write()
+def test_a_failed_stage_restores_the_last_successful_results(changeable: Project) -> None:
+    before = changeable.snapshot()
+    changeable.values = {**changeable.values, "train": {**changeable.values["train"], "learning_rate": 1e30}}
+    changeable.write_params()
+    output = changeable.run("d2r", "run", code=1)
     assert "the loss is not finite" in output
-    assert snapshot(project.root) == before
+    assert changeable.snapshot() == before
 
 
-def test_one_training_parameter_reruns_only_what_depends_on_it(project: Project) -> None:
-    guidance = (project.root / "models/guidance.json").read_bytes()
-    project.values["train"]["method"]["clean_weight"] = 10.0
-    project.write()
-    output = project.run("dvc", "repro")
-    ran = [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-    assert ran == ["train", "evaluate", "report"]
-    assert (project.root / "models/guidance.json").read_bytes() == guidance
+def test_one_training_parameter_reruns_only_what_depends_on_it(changeable: Project) -> None:
+    guidance = (changeable.root / "models/guidance.json").read_bytes()
+    train = changeable.values["train"]
+    method = {**train["method"], "clean_weight": 10.0}
+    changeable.values = {**changeable.values, "train": {**train, "method": method}}
+    changeable.write_params()
+    output = changeable.run("dvc", "repro")
+    stages = [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+    assert stages == ["train", "evaluate", "report"]
+    assert (changeable.root / "models/guidance.json").read_bytes() == guidance
 
 
 def test_one_seed_gives_bitwise_the_same_weights_and_another_does_not(
     tmp_path: Path, tiny_settings: Callable[..., Settings]
 ) -> None:
-    def trained(name: str, seed: int) -> bytes:
+    def train_weights(name: str, seed: int) -> bytes:
         settings, paths = (
             tiny_settings(seed=seed, tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"}),
             Paths(tmp_path / name),
@@ -188,13 +200,13 @@ def test_one_seed_gives_bitwise_the_same_weights_and_another_does_not(
             stage.run(settings, paths)
         return paths.guidance.read_bytes() + paths.target.read_bytes()
 
-    first = trained("first", 0)
-    assert trained("again", 0) == first
-    assert trained("other", 1) != first
+    first = train_weights("first", 0)
+    assert train_weights("again", 0) == first
+    assert train_weights("other", 1) != first
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real CIFAR-10 images are not here (../shared/data)")
-def test_the_chain_on_real_cifar10(tmp_path: Path, tiny_values: dict[str, Any]) -> None:
+def test_the_pipeline_on_real_cifar10(tmp_path: Path, tiny_values: dict[str, Any]) -> None:
     prepare = {"source": "image_folder", "path": "data/raw/cifar10", "image_size": 32, "on_mismatch": "refuse"}
     limits = {"validation_fraction": 0.002, "train_per_class": 200, "test_per_class": 10}
     values = {**tiny_values, "prepare": {**tiny_values["prepare"], **prepare, **limits}}
@@ -210,10 +222,3 @@ def test_the_chain_on_real_cifar10(tmp_path: Path, tiny_values: dict[str, Any]) 
     assert manifest["splits"]["train"]["per_class"] == [200] * 10
     assert project.json("reports/robustness.json")["models"]["target"]["attacks"]["pgd"]["images"] == 100
     shutil.rmtree(tmp_path / ".dvc/cache")
-
-
-def snapshot(root: Path) -> dict[str, str]:
-    """Every file that a user or the registry knows, by its content; caches and logs aside."""
-    folders = ("data", "models", "reports", "mlruns")
-    files = [path for folder in folders for path in (root / folder).rglob("*") if path.is_file()]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in [*files, root / "dvc.lock"]}

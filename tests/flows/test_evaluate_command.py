@@ -11,7 +11,7 @@ import pandas as pd
 import pyautoattack
 import pytest
 import torch
-from conftest import SHARED
+from project import SHARED
 from typer.testing import CliRunner
 
 from d2r_core import checkpoint, models

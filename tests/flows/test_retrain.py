@@ -1,7 +1,6 @@
-"""The flow `retrain` on a project of small stages, on a Prefect server of the tests' own; the gate is played."""
+"""The flow `retrain` on a scratch project and a Prefect server of its own, with a fake registry and gate."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,8 @@ from tasks.registry.gate import Verdict
 from tasks.registry.status import RegistryStatus
 from tasks.tracking.runs import UnavailableError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
@@ -38,44 +39,38 @@ def prefect_server() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scratch.make_done(tmp_path_factory.mktemp("done"))
-
-
 @pytest.fixture
-def project(prefect_server: None, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: a project that has run and been evaluated; its registry and its gate are played."""
-    folder = shutil.copytree(template, tmp_path / "project")
-    monkeypatch.chdir(folder)
+def project(prefect_server: None, finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: an evaluated project with a fake registry and gate."""
+    monkeypatch.chdir(finished_project)
     registered = RegistryStatus(3, ("challenger",), "passed", (), False, "7", "abc")
     monkeypatch.setattr(module, "registry_status", lambda settings, paths: registered)
-    judge(monkeypatch, passed=True)
+    fake_gate(monkeypatch, passed=True)
     figures = {"clean": robustness_json.figures("clean", 0.975, 40, eps=0.0, interval=[0.871, 0.996])}
     passed = {"key": "logits", "name": "The outputs are logits", "passed": True, "found": ""}
     models = {name: robustness_json.model(name, figures, (passed,)) for name in ("guidance", "target")}
-    robustness_json.write(folder / "reports/robustness.json", robustness_json.content(models))
-    return folder
+    robustness_json.write(finished_project / "reports/robustness.json", robustness_json.content(models))
+    return finished_project
 
 
-def judge(monkeypatch: pytest.MonkeyPatch, *, passed: bool) -> None:
-    verdict = Verdict(passed, ("Clean accuracy is what it is.",))
-    outcome = PromotionResult(3, "champion" if passed else "challenger", verdict)
-    monkeypatch.setattr(module, "promotion", lambda settings, paths: outcome)
+def fake_gate(monkeypatch: pytest.MonkeyPatch, *, passed: bool) -> None:
+    verdict = Verdict(passed, ("Clean accuracy is 97.5%.",))
+    result = PromotionResult(3, "champion" if passed else "challenger", verdict)
+    monkeypatch.setattr(module, "promotion", lambda settings, paths: result)
 
 
 @pytest.fixture
 def logged() -> Iterator[list[tuple[str, str]]]:
-    """What Prefect's run loggers are given: (task or flow run, message), tracebacks included."""
+    """The records of Prefect's run loggers: (task or flow run, message), including tracebacks."""
     records: list[tuple[str, str]] = []
 
-    class Keep(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             traceback = "\nTraceback" if record.exc_info else ""
             records.append((getattr(record, "task_run_name", "flow"), record.getMessage() + traceback))
 
     loggers = [logging.getLogger(f"prefect.{kind}_runs") for kind in ("task", "flow")]
-    handler = Keep()
+    handler = Collector()
     for logger in loggers:
         logger.addHandler(handler)
     yield records
@@ -84,7 +79,7 @@ def logged() -> Iterator[list[tuple[str, str]]]:
 
 
 def last_run() -> tuple[FlowRun, list[TaskRun]]:
-    """The newest flow run and its task runs, which the server learns of a moment later."""
+    """The newest flow run and its task runs; waits until the server has their final states."""
     with get_client(sync_client=True) as client:
         run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
         mine = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
@@ -93,22 +88,22 @@ def last_run() -> tuple[FlowRun, list[TaskRun]]:
             tasks = client.read_task_runs(flow_run_filter=mine)
             if tasks and all(task.state and task.state.is_final() for task in tasks):
                 return run, sorted(tasks, key=lambda task: str(task.start_time))
-            assert time.monotonic() < deadline, f"the server does not know of the tasks: {tasks}"
+            assert time.monotonic() < deadline, f"the server does not have the final states: {tasks}"
             time.sleep(0.2)
 
 
-def artifact(run: FlowRun) -> str:
+def artifact_text(run: FlowRun) -> str:
     with get_client(sync_client=True) as client:
         mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
-        (found,) = client.read_artifacts(artifact_filter=mine)
-    assert found.key == "robustness"
-    return str(found.data)
+        (artifact,) = client.read_artifacts(artifact_filter=mine)
+    assert artifact.key == "robustness"
+    return str(artifact.data)
 
 
 def test_every_stage_is_a_task_with_its_output_in_its_log(project: Path, logged: list[tuple[str, str]]) -> None:
-    outcome = module.retrain()
+    result = module.retrain()
 
-    assert outcome == PromotionResult(3, "champion", Verdict(True, ("Clean accuracy is what it is.",)))
+    assert result == PromotionResult(3, "champion", Verdict(True, ("Clean accuracy is 97.5%.",)))
     run, tasks = last_run()
     assert run.name.startswith("retrain 20")
     assert [(task.name, task.state and task.state.message) for task in tasks] == [
@@ -117,25 +112,25 @@ def test_every_stage_is_a_task_with_its_output_in_its_log(project: Path, logged:
     ]
     second = [message for name, message in logged if name == "second"]
     assert [message for message in second if message.startswith("second: ")] == [
-        f"second: {what}" for what in ("one", "two", "a warning", "three")
+        f"second: {line}" for line in ("one", "two", "a warning", "three")
     ]
-    shown = artifact(run)
-    assert "# d2r-digits version 3 is @champion" in shown
-    assert "| clean | 0 | 40 of 40 | 97.5% [87.1, 99.6] | 97.5% [87.1, 99.6] |" in shown
-    assert "Self-checks of the target: all 1 passed" in shown
-    assert "**Gate passed**" in shown
-    assert "/#/experiments/7/runs/abc" in shown
+    text = artifact_text(run)
+    assert "# d2r-digits version 3 is @champion" in text
+    assert "| clean | 0 | 40 of 40 | 97.5% [87.1, 99.6] | 97.5% [87.1, 99.6] |" in text
+    assert "Self-checks of the target: all 1 passed" in text
+    assert "**Gate passed**" in text
+    assert "/#/experiments/7/runs/abc" in text
 
 
-def test_a_refused_model_is_a_finished_flow(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge(monkeypatch, passed=False)
+def test_a_model_that_does_not_pass_completes_the_flow(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gate(monkeypatch, passed=False)
 
     module.retrain()
 
     run, _ = last_run()
     assert run.state
     assert run.state.is_completed()
-    assert "**Gate not passed**\n\n- Clean accuracy is what it is." in artifact(run)
+    assert "**Gate not passed**\n\n- Clean accuracy is 97.5%." in artifact_text(run)
 
 
 def test_a_failed_stage_fails_the_flow_with_one_message(project: Path, logged: list[tuple[str, str]]) -> None:
@@ -164,18 +159,16 @@ def test_a_mistyped_parameter_fails_the_flow_and_changes_nothing(project: Path) 
     assert scratch.tree(project) == before
 
 
-def test_a_stage_is_tried_again_only_while_another_process_is_in_the_way(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers: list[Exception | str] = [dvc.BusyError("busy"), "ran", UserError("no good")]
+def test_a_stage_is_retried_only_while_another_dvc_process_runs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[Exception | str] = [dvc.BusyError("busy"), "ran", UserError("no good")]
 
-    def answer(*_: object) -> str:
-        given = answers.pop(0)
-        if isinstance(given, Exception):
-            raise given
-        return given
+    def reproduce(*_: object) -> str:
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    monkeypatch.setattr(dvc, "reproduce", answer)
+    monkeypatch.setattr(dvc, "reproduce", reproduce)
     monkeypatch.setattr(dvc, "order", lambda paths: ["first", "second"])
 
     with pytest.raises(UserError, match="no good"):
@@ -185,20 +178,20 @@ def test_a_stage_is_tried_again_only_while_another_process_is_in_the_way(
     assert [(task.name, task.run_count) for task in tasks] == [("first", 2), ("second", 1)]
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_the_champion_is_met_before_the_report_if_mlflow_answers(
-    project: Path, monkeypatch: pytest.MonkeyPatch, logged: list[tuple[str, str]], answers: bool
+@pytest.mark.parametrize("available", [True, False])
+def test_the_champion_is_compared_before_the_report_if_mlflow_is_available(
+    project: Path, monkeypatch: pytest.MonkeyPatch, logged: list[tuple[str, str]], available: bool
 ) -> None:
-    done: list[str] = []
+    calls: list[str] = []
 
     def compare(*_: object) -> str:
-        done.append("compare")
-        if not answers:
-            raise UnavailableError("MLflow does not answer.")
-        return "Much the same."
+        calls.append("compare")
+        if not available:
+            raise UnavailableError("MLflow is not available.")
+        return "No difference."
 
     def reproduce(stage: str, *_: object) -> str:
-        done.append(stage)
+        calls.append(stage)
         return "ran"
 
     monkeypatch.setattr(champion_comparison, "compare", compare)
@@ -211,25 +204,25 @@ def test_the_champion_is_met_before_the_report_if_mlflow_answers(
     run, _ = last_run()
     assert run.state
     assert run.state.is_completed()
-    assert done == ["evaluate", *["compare"] * (1 if answers else 3), "report"]
-    if answers:
-        assert "Much the same." in [message for _, message in logged]
+    assert calls == ["evaluate", *["compare"] * (1 if available else 3), "report"]
+    if available:
+        assert "No difference." in [message for _, message in logged]
     else:
         assert (
             "flow",
-            "The report will hold no new comparison with the champion. MLflow does not answer.",
+            "The report will not have a new comparison with the champion. MLflow is not available.",
         ) in logged
 
 
-def test_a_timeout_ends_the_stage_and_all_it_started(project: Path) -> None:
+def test_a_timeout_ends_the_stage_and_its_child_processes(project: Path) -> None:
     (project / "behaviour").write_text("second sleep")
 
     @flow
-    def impatient() -> None:
+    def with_timeout() -> None:
         prefect_tasks.reproduce.with_options(timeout_seconds=8)("second")
 
     with pytest.raises(TimeoutError):
-        impatient()
+        with_timeout()
 
     assert not any(scratch.alive(pid) for pid in scratch.pids(project))
     assert (project / "second.txt").read_text() == "input firstsecond"

@@ -1,4 +1,4 @@
-"""The deployment of `prefect.yaml`, with a real server and a real worker on loopback."""
+"""The deployment in `prefect.yaml`, with a real server and a real worker on localhost."""
 
 import os
 import re
@@ -17,12 +17,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from conftest import ROOT, copy_project
+from project import ROOT, clean_environment, copy_project
+
+pytestmark = pytest.mark.slow
 
 
 @contextmanager
 def running(*arguments: str, environment: dict[str, str], log: Path) -> Iterator[None]:
-    """`prefect ARGUMENTS` in the background, in a folder that is not the project's; ended with all its children."""
+    """`prefect ARGUMENTS` in the background, outside of the project; ended with all its child processes."""
     with log.open("w") as stream:
         child = subprocess.Popen(
             [sys.executable, "-m", "prefect", *arguments],
@@ -43,9 +45,9 @@ def running(*arguments: str, environment: dict[str, str], log: Path) -> Iterator
         child.wait()
 
 
-def wait_for(happened: Callable[[], bool], seconds: float, log: Path) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float, log: Path) -> None:
     end = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.5)
 
@@ -65,59 +67,58 @@ def test_the_deployment_is_scheduled_and_a_worker_runs_it(project: Path, tmp_pat
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    environment = own | {
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_API_URL": url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "DO_NOT_TRACK": "1",
-    }
+    environment = clean_environment(
+        PREFECT_HOME=str(tmp_path / "prefect"),
+        PREFECT_API_URL=url,
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        PREFECT_WORKER_QUERY_SECONDS="1",
+        DO_NOT_TRACK="1",
+    )
     server_log, worker_log = tmp_path / "server.log", tmp_path / "worker.log"
 
     def prefect(*arguments: str) -> str:
         command = [sys.executable, "-m", "prefect", *arguments]
-        ended = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout
+        process = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
 
     with (
         running("server", "start", "--port", str(port), environment=environment, log=server_log),
         httpx.Client(base_url=url, timeout=30) as client,
     ):
 
-        def found(path: str) -> Any:
-            """What the server answers, or None while it cannot."""
+        def get(path: str) -> Any:
+            """The server's response, or None while it is not available or the object does not exist."""
             with suppress(httpx.TransportError):
-                answer = client.get(path)
-                return answer.json() if answer.is_success else None
+                response = client.get(path)
+                return response.json() if response.is_success else None
             return None
 
-        wait_for(lambda: bool(found("/health")), 120, server_log)
-        # The worker makes the pool that the deployment names.
+        wait_for(lambda: bool(get("/health")), 120, server_log)
+        # The worker creates the work pool of the deployment.
         worker = ("worker", "start", "--pool", "d2r", "--type", "process")
         with running(*worker, environment=environment, log=worker_log):
-            wait_for(lambda: bool(found("/work_pools/d2r")), 60, worker_log)
+            wait_for(lambda: bool(get("/work_pools/d2r")), 60, worker_log)
             prefect("--no-prompt", "deploy", "--all")
 
-            [schedule] = found("/deployments/name/retrain/retrain")["schedules"]
+            [schedule] = get("/deployments/name/retrain/retrain")["schedules"]
             assert schedule["active"]
             assert schedule["schedule"]["cron"] == "0 3 * * 1"
             assert schedule["schedule"]["timezone"] == "UTC"
 
-            said = prefect("deployment", "run", "retrain/retrain")
-            run = re.findall(r"UUID: (\S+)", said)[0]
+            output = prefect("deployment", "run", "retrain/retrain")
+            run = re.findall(r"UUID: (\S+)", output)[0]
 
             def state() -> str:
-                return str((found(f"/flow_runs/{run}") or {}).get("state_type"))
+                return str((get(f"/flow_runs/{run}") or {}).get("state_type"))
 
             wait_for(lambda: state() in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, 300, worker_log)
             assert state() == "COMPLETED", worker_log.read_text()
             assert (project / "reports/report.html").is_file()
 
-            # The server itself plans the coming Mondays.
-            wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-            planned = client.post("/flow_runs/filter", json=wanted).json()
+            # The server schedules the coming Mondays.
+            scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+            planned = client.post("/flow_runs/filter", json=scheduled).json()
             starts = [datetime.fromisoformat(run["expected_start_time"]).astimezone(UTC) for run in planned]
             assert starts, server_log.read_text()
             assert {(start.weekday(), start.hour, start.minute) for start in starts} == {(0, 3, 0)}

@@ -26,6 +26,8 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.tracking import runs
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 

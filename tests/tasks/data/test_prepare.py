@@ -1,12 +1,7 @@
-"""Stage prepare through its public face: images in, three files and a manifest out, all or none."""
+"""Stage `prepare`: from images to three files and a manifest."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -14,7 +9,7 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
-from photos import PROJECT, load, make_folder, pack, photo, settings, snapshot
+from photos import load, make_folder, pack, photo, settings, snapshot
 from PIL import Image
 
 from d2r_core.data import content_hash
@@ -51,9 +46,9 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert manifest["splits"][name]["per_class"] == split.labels.bincount(minlength=10).tolist()
         assert manifest["splits"][name]["images"] == len(split)
     per_class = {name: np.array(split["per_class"]) for name, split in manifest["splits"].items()}
-    together = sum(per_class.values())
-    assert np.abs(per_class["test"] / together - 0.2).max() < 0.01
-    assert np.abs(per_class["validation"] / (together - per_class["test"]) - 0.1).max() < 0.01
+    total = sum(per_class.values())
+    assert np.abs(per_class["test"] / total - 0.2).max() < 0.01
+    assert np.abs(per_class["validation"] / (total - per_class["test"]) - 0.1).max() < 0.01
     output = capsys.readouterr()
     assert output.out.count("\n") == 1
     assert "1797 grey" in output.out
@@ -70,7 +65,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_split(tmp_p
             assert runs["first"][f"data/prepared/{file}"] != runs["other"][f"data/prepared/{file}"]
 
 
-def test_validation_is_cut_from_the_training_images_of_each_class(tmp_path: Path) -> None:
+def test_validation_images_are_taken_from_the_training_images_of_each_class(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, train=10)
     manifest = prepare.run(settings(validation_fraction=0.2), Paths(tmp_path))
     assert manifest["classes"] == ["cat", "dog"]
@@ -88,7 +83,7 @@ def test_validation_is_cut_from_the_training_images_of_each_class(tmp_path: Path
         assert sorted(files) == sorted(stored)
 
 
-def test_limits_keep_a_seeded_choice_of_each_class(tmp_path: Path) -> None:
+def test_limits_select_seeded_images_of_each_class(tmp_path: Path) -> None:
     make_folder(tmp_path, train=10, test=4)
     limited: dict[str, Any] = {"validation_fraction": 0.2, "train_per_class": 3, "test_per_class": 2}
     manifest = prepare.run(settings(**limited), Paths(tmp_path))
@@ -121,7 +116,7 @@ def test_a_folder_a_zip_and_several_zips_give_the_same_data(tmp_path: Path) -> N
     assert all(name == "out" or name.startswith("out/") for name in after.keys() - before.keys())
 
 
-def test_what_operating_systems_leave_behind_is_ignored(tmp_path: Path) -> None:
+def test_files_of_operating_systems_are_ignored(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     expected = prepare.run(settings(), Paths(tmp_path))
     for name in (".DS_Store", "train/.DS_Store", "train/cat/.DS_Store", "train/cat/Thumbs.db", "test/dog/._00.png"):
@@ -132,7 +127,7 @@ def test_what_operating_systems_leave_behind_is_ignored(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "one.zip", "a") as archive:
         archive.writestr("__MACOSX/train/cat/._00.png", b"junk")
         archive.writestr("train/cat/", b"")
-        archive.writestr("LICENSE", b"beside the splits: nobody's image")
+        archive.writestr("LICENSE", b"a file beside the splits, no image")
     assert prepare.run(settings(path="one.zip"), Paths(tmp_path))["hash"] == expected["hash"]
 
 
@@ -151,7 +146,7 @@ def test_grey_transparent_and_odd_sized_images_are_converted_and_counted(tmp_pat
     assert sum(split["images"] for split in manifest["splits"].values()) == 2 * (6 + 3) + 8
 
 
-def test_conversion_keeps_what_the_picture_shows(tmp_path: Path) -> None:
+def test_conversion_preserves_the_content(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     for file in (folder / "test/cat").iterdir():
         file.unlink()
@@ -170,7 +165,7 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path) -> None:
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_a_test_split_is_cut_where_there_is_none(tmp_path: Path) -> None:
+def test_a_missing_test_split_is_taken_from_the_images(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, train=20)
     shutil.rmtree(folder / "test")
     half = settings(test_fraction=0.25, validation_fraction=0.2)
@@ -188,12 +183,12 @@ def test_a_test_split_is_cut_where_there_is_none(tmp_path: Path) -> None:
     assert prepare.run(other, Paths(tmp_path))["hash"] != manifest["hash"]
 
 
-def test_the_fraction_counts_only_where_there_is_no_test_split(tmp_path: Path) -> None:
+def test_the_test_fraction_is_used_only_without_a_test_split(tmp_path: Path) -> None:
     make_folder(tmp_path)
     assert prepare.run(settings(test_fraction=0.4), Paths(tmp_path)) == prepare.run(settings(), Paths(tmp_path))
 
 
-def test_every_image_can_be_named_by_its_origin(tmp_path: Path) -> None:
+def test_names_json_has_the_origin_of_every_image(tmp_path: Path) -> None:
     make_folder(tmp_path)
     prepare.run(settings(), Paths(tmp_path))
     names = json.loads(Paths(tmp_path).names.read_text(encoding="utf-8"))
@@ -202,7 +197,7 @@ def test_every_image_can_be_named_by_its_origin(tmp_path: Path) -> None:
         assert np.array_equal(np.stack(stored), loaded.images.permute(0, 2, 3, 1).numpy())
 
 
-def test_quarantine_lists_what_is_set_aside_and_keeps_the_rest(
+def test_quarantine_lists_unusable_images_and_keeps_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_folder(tmp_path)
@@ -215,15 +210,15 @@ def test_quarantine_lists_what_is_set_aside_and_keeps_the_rest(
     assert manifest["hash"] == expected["hash"] == content_hash(load(Paths(tmp_path)))
     assert [split["quarantined"] for split in manifest["splits"].values()] == [0, 0, 2]
     assert [split["images"] for split in manifest["splits"].values()] == [10, 2, 6]
-    listed = [
+    expected_entries = [
         ("test/cat/grey.png", "cat", "L, 16 x 16, not RGB of 16 x 16 pixels"),
         ("test/dog/bad.png", "dog", "not an image"),
     ]
     assert json.loads(Paths(tmp_path).quarantine.read_text(encoding="utf-8")) == [
         {"name": str(folder / name), "split": "test", "class": label, "reason": reason}
-        for name, label, reason in listed
+        for name, label, reason in expected_entries
     ]
-    assert "set aside: 2 images that cannot be used, listed in" in capsys.readouterr().out
+    assert "quarantined 2 unusable images, listed in" in capsys.readouterr().out
 
 
 def test_quarantine_does_not_hide_a_split_without_images(tmp_path: Path) -> None:
@@ -234,85 +229,3 @@ def test_quarantine_does_not_hide_a_split_without_images(tmp_path: Path) -> None
         UserError, match=r"photos: no image of the test split can be used, for example .*cat/00\.png \("
     ):
         prepare.run(settings(on_bad_image="quarantine"), Paths(tmp_path))
-
-
-@pytest.mark.parametrize("place", ["image_decoding.decode", "split_writer.write", "split_writer.content_hash"])
-def test_an_interrupt_leaves_the_previous_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    make_folder(tmp_path)
-    prepare.run(settings(), Paths(tmp_path))
-    before = snapshot(tmp_path)
-
-    def interrupted(*arguments: Any, **keywords: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"tasks.data.{place}", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.run(settings(seed=1), Paths(tmp_path))
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_stops_the_stage_and_leaves_the_previous_files(tmp_path: Path, number: signal.Signals) -> None:
-    folder = make_folder(tmp_path)
-    prepare.run(settings(), Paths(tmp_path))
-    before = snapshot(tmp_path / "data")
-    Image.new("RGB", (6000, 6000)).save(folder / "train/cat/large.png")  # long enough to be met half-way
-    for i in range(30):
-        (folder / f"train/cat/large_{i}.png").hardlink_to(folder / "train/cat/large.png")
-    params = json.dumps(settings(seed=1).model_dump(mode="json", by_alias=True))  # JSON is YAML
-    (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
-    stage = subprocess.Popen(
-        [sys.executable, "-m", "tasks.prepare"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    unfinished = tmp_path / "data/prepared/.unfinished"
-    try:
-        while not unfinished.exists() and stage.poll() is None:
-            time.sleep(0.01)
-        stage.send_signal(number)
-        output, errors = stage.communicate(timeout=60)
-    finally:
-        stage.kill()
-        stage.wait()
-    assert stage.returncode == (-number if number == signal.SIGKILL else 130)
-    assert "Traceback" not in output + errors
-    after = snapshot(tmp_path / "data")
-    if number == signal.SIGKILL:  # leaves its scratch, which the next run removes
-        assert unfinished.exists()
-        after = {name: content for name, content in after.items() if ".unfinished" not in name}
-    assert after == before
-    for large in folder.rglob("large*.png"):
-        large.unlink()
-    prepare.run(settings(), Paths(tmp_path))
-    assert snapshot(tmp_path / "data") == before
-
-
-def test_memory_is_bounded_and_the_stage_needs_no_torch(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, train=100)
-    for i in range(100):
-        (folder / f"train/cat/more_{i}.png").hardlink_to(folder / "train/cat/00.png")
-    values = settings(image_size=512).model_dump(mode="json", by_alias=True)
-    script = f"""
-import resource, sys
-from pathlib import Path
-from tasks import prepare
-from tasks.config import settings
-from tasks.config.paths import Paths
-
-chosen = settings.parse({values!r})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-prepare.run(chosen, Paths(Path(sys.argv[1])), threads=1)
-assert "torch" not in sys.modules
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    output = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    written = sum(file.stat().st_size for file in Paths(tmp_path).prepared.iterdir())
-    assert written > 200 * 2**20
-    assert int(output.split()[-1]) * 1024 < 120 * 2**20

@@ -1,4 +1,4 @@
-"""What a user may hand to the stage prepare by mistake, each with the one message that it gets."""
+"""Invalid inputs of the stage `prepare`, each with its error message."""
 
 import os
 import zlib
@@ -144,7 +144,7 @@ def broken_pipe(folder: Path) -> None:
     os.mkfifo(folder / "train/cat/pipe.png")
 
 
-def broken_lonely(folder: Path) -> None:
+def broken_single_image(folder: Path) -> None:
     for file in sorted((folder / "train/dog").iterdir())[1:]:
         file.unlink()
 
@@ -152,58 +152,61 @@ def broken_lonely(folder: Path) -> None:
 BAD_INPUT: dict[str, tuple[Callable[[Path], None], str]] = {
     "text": (
         broken_text,
-        r"photos/train/cat/notes\.png \(not an image\) cannot be used\. Replace or remove what is damaged, or set",
+        r"photos/train/cat/notes\.png \(not an image\) cannot be used\. Replace or remove them, or set",
     ),
     "truncated": (broken_truncated, r"photos/test/dog/00\.png \(.*truncated.*\) cannot be used\."),
     "many": (
         broken_many,
         r"6 images cannot be used: .*cat/00\.png \(not an image\), .*cat/0\d\.png \(not an image\), \.\.\.\. Repl",
     ),
-    "depth": (broken_depth, r"photos/train/cat/deep\.png \(has the mode I;16; 8-bit colour or grey is needed\)"),
-    "pixels": (broken_pixels, r"cat/large\.png \(has 9000 x 9000 pixels; at most 67108864 are decoded\) cannot be"),
-    "many_pixels": (broken_many_pixels, r"cat/large\.png \(has far more than the 67108864 pixels that are decoded"),
+    "depth": (broken_depth, r"photos/train/cat/deep\.png \(has the mode I;16; 8-bit colour or grey is required\)"),
+    "pixels": (broken_pixels, r"cat/large\.png \(has 9000 x 9000 pixels; at most 67108864 are allowed\) cannot be"),
+    "many_pixels": (broken_many_pixels, r"cat/large\.png \(has far more than 67108864 pixels, the maximum"),
     "program": (broken_program, r"photos/train/cat/drawing\.eps \(not an image\) cannot be used"),
     "empty_class": (
         broken_empty_class,
-        r"photos: no image in train/fox/, test/fox/\. Put images there or remove the class",
+        r"photos: there are no images in train/fox/, test/fox/\. Add images or remove the class",
     ),
     "classes": (
         broken_classes,
-        r"photos: train/ and test/ have different classes: test/dogs/, train/dog/ has no counterpart",
+        r"photos: train/ and test/ have different classes: test/dogs/, train/dog/ is missing in the other split",
     ),
-    "one_class": (broken_one_class, r"photos: has one class only \(cat\); a classifier needs two"),
-    "missing": (broken_missing, r"photos: does not exist\. Put the data there, or let prepare\.path"),
-    "empty_folder": (broken_empty_folder, r"photos: no class folder; found nothing\. The layout is train/<class>/"),
-    "layout": (broken_layout, r"photos/testing/cat/: is out of place; the layout is train/<class>/<image> and .*, or"),
-    "no_train": (broken_no_train, r"photos: found test/; beside train/ only test/ can be\."),
+    "one_class": (broken_one_class, r"photos: has only one class \(cat\); a classifier needs at least two"),
+    "missing": (broken_missing, r"photos: does not exist\. Put the data there, or set prepare\.path"),
+    "empty_folder": (broken_empty_folder, r"photos: has no class folder \(no folders\)\. The layout is train/<class>/"),
+    "layout": (broken_layout, r"photos/testing/cat/: does not fit the layout train/<class>/<image> and .*, or"),
+    "no_train": (broken_no_train, r"photos: has the folders test/; only train/ and test/ may be combined\."),
     "third_split": (
         broken_no_test,
-        r"photos: found testing/, train/; beside train/ only test/ can be\. Rename or move",
+        r"photos: has the folders testing/, train/; only train/ and test/ may be combined\. Rename or move",
     ),
     "loose_image": (
         broken_loose_image,
-        r"photos/train/loose\.png: is out of place; the layout is train/<class>/<image>",
+        r"photos/train/loose\.png: does not fit the layout train/<class>/<image>",
     ),
-    "nested": (broken_nested, r"photos/train/cat/tabby/: is out of place; the layout is train/<class>/<image>"),
-    "link": (broken_link, r"photos/train/cat/link\.png: is a link, and may lead anywhere\. Put the files themselves"),
-    "link_to_folder": (broken_link_to_folder, r"photos/train/fox: is a link, and may lead anywhere"),
+    "nested": (broken_nested, r"photos/train/cat/tabby/: does not fit the layout train/<class>/<image>"),
+    "link": (broken_link, r"photos/train/cat/link\.png: is a link, which is not followed\. Put the files themselves"),
+    "link_to_folder": (broken_link_to_folder, r"photos/train/fox: is a link, which is not followed"),
     "pipe": (broken_pipe, r"photos/train/cat/pipe\.png: is neither a file nor a folder\. Remove it"),
-    "two_layouts": (broken_both, r"photos: holds folders and archives \(more\.zip\); keep one of the two"),
+    "two_layouts": (broken_both, r"photos: contains both folders and archives \(more\.zip\)\. Keep only one kind"),
     "no_archive": (
         broken_zip,
-        r"photos/a\.zip: is not a zip archive, or a damaged one \(File is not a zip file\)\. Copy or pack it",
+        r"photos/a\.zip: is not a zip archive or is damaged \(File is not a zip file\)\. Copy or create it",
     ),
     "file": (
         broken_file,
-        r"photos: is not a zip archive, or a damaged one \(File is not a zip file\)\. Copy or pack it again",
+        r"photos: is not a zip archive or is damaged \(File is not a zip file\)\. Copy or create it again",
     ),
     "damaged_member": (broken_member_data, r"photos:t.*\.png \(.*\) cannot be used"),
     "member_twice": (
         broken_zip_twice,
-        r"photos/b\.zip:train/dog/03\.png: stands in .*photos/a\.zip:train/dog/03\.png too",
+        r"photos/b\.zip:train/dog/03\.png: has the same name as .*photos/a\.zip:train/dog/03\.png",
     ),
-    "zip_empty_class": (broken_zip_empty_class, r"photos: no image in train/fox/"),
-    "lonely": (broken_lonely, r"photos: too few images of dog: the validation split takes at least one of each class"),
+    "zip_empty_class": (broken_zip_empty_class, r"photos: there are no images in train/fox/"),
+    "single_image": (
+        broken_single_image,
+        r"photos: too few images of dog: the validation split takes at least one of each",
+    ),
 }
 
 
@@ -230,7 +233,7 @@ def test_bad_input_on_a_first_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before | empty
 
 
-def test_mismatched_images_are_refused_if_the_settings_say_so(tmp_path: Path) -> None:
+def test_mismatched_images_can_be_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     prepare.run(settings(on_mismatch="refuse"), Paths(tmp_path))
     photo(1, "L").save(folder / "train/cat/grey.png")
@@ -242,7 +245,7 @@ def test_mismatched_images_are_refused_if_the_settings_say_so(tmp_path: Path) ->
     for i in range(6):
         photo(i, size=(20, 30)).save(folder / f"test/dog/odd_{i}.png")
     message = (
-        r"7 images cannot be used: .*\(L, 16 x 16, .*odd_0\.png \(RGB, 20 x 30, .*, \.\.\.\. .*'convert' takes grey"
+        r"7 images cannot be used: .*\(L, 16 x 16, .*odd_0\.png \(RGB, 20 x 30, .*, \.\.\.\. .*'convert' accepts grey"
     )
     with pytest.raises(UserError, match=message):
         prepare.run(settings(on_mismatch="refuse"), Paths(tmp_path))

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: from an archive in the original format, downloaded or not, and the real images."""
+"""CIFAR-10 and CIFAR-100 from archives in the original format, local or downloaded, and from the real images."""
 
 import hashlib
 import http.server
@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from photos import SHARED, load, settings, snapshot
+from photos import load, settings, snapshot
+from project import SHARED
 
 from d2r_core.errors import UserError
 from tasks import prepare
@@ -29,10 +30,10 @@ from tasks.data import cifar
 def published_archive(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **replaced: Any
 ) -> list[NDArray[np.uint8]]:
-    """A tiny archive in the format of CIFAR-10 or -100 that passes for it; returns its images (N, H, W, 3).
+    """Write a tiny archive in the format of CIFAR-10 or -100 and accept its checksum; return its images (N, H, W, 3).
 
     Args:
-        replaced: contents of members instead of the usual ones; None leaves the member out.
+        replaced: content of single members; None omits the member.
     """
     published = cifar.PUBLISHED[name]._replace(train=("batches/train",), test=("batches/test",), meta="batches/meta")
     pictures = [np.random.default_rng(i).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8) for i in range(2)]
@@ -94,7 +95,7 @@ def test_cifar_is_downloaded_if_it_is_not_there(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")]
 )
-def test_an_unreachable_download_says_where_the_archive_goes(
+def test_a_failed_download_names_the_path_of_the_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, archive: str
 ) -> None:
     def unreachable(*arguments: object, **keywords: object) -> None:
@@ -104,7 +105,7 @@ def test_an_unreachable_download_says_where_the_archive_goes(
     (tmp_path / "raw").mkdir()
     archive = re.escape(archive)
     message = (
-        rf"{archive}: cannot be downloaded \(.*no route to host.*\)\. Put the archive by hand at .*raw/{archive} \(MD5"
+        rf"{archive}: cannot be downloaded \(.*no route to host.*\)\. Download it manually to .*raw/{archive} \(MD5"
     )
     with pytest.raises(UserError, match=message):
         prepare.run(settings(source=name, path="raw"), Paths(tmp_path))
@@ -112,7 +113,7 @@ def test_an_unreachable_download_says_where_the_archive_goes(
 
 
 class Evil:
-    """Runs a command when it is read by a pickle that may do everything."""
+    """Runs a command when it is unpickled without restrictions."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -134,13 +135,13 @@ def test_an_archive_with_another_checksum_is_never_unpickled(tmp_path: Path, mon
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "code": ({"train": Evil(Path("mark"))}, r"a pickle asks for (posix|nt)\.mkdir, which no image needs"),
+    "code": ({"train": Evil(Path("mark"))}, r"a pickle refers to (posix|nt)\.mkdir, which is not allowed"),
     "missing_member": ({"test": None}, r"'batches/test'"),
     "missing_key": ({"train": {"data": np.zeros((2, 3072), np.uint8)}}, r"'labels'"),
-    "floats": ({"train": {"data": np.zeros((2, 3072)), "labels": [0, 1]}}, r"batches/train holds float64 images or"),
+    "floats": ({"train": {"data": np.zeros((2, 3072)), "labels": [0, 1]}}, r"batches/train has float64 images or"),
     "unknown_label": (
         {"test": {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 2]}},
-        r"batches/test holds uint8 images or labels beyond 0 to 1",
+        r"batches/test has uint8 images or labels outside 0 to 1",
     ),
     "fewer_labels": ({"test": {"data": np.zeros((2, 3072), np.uint8), "labels": [0]}}, r"cannot reshape"),
     "no_mapping": ({"train": [1, 2]}, r"list indices"),
@@ -148,7 +149,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("replaced", "message"), WRONG.values(), ids=WRONG.keys())
-def test_even_with_the_right_checksum_an_archive_can_hold_images_only(
+def test_even_with_the_right_checksum_an_archive_may_contain_only_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -168,12 +169,12 @@ def test_a_truncated_archive_is_one_message(tmp_path: Path, monkeypatch: pytest.
         prepare.run(settings(source="cifar10", path="raw"), Paths(tmp_path))
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(cifar.PUBLISHED, "cifar10", whole._replace(md5=md5))
-    with pytest.raises(UserError, match=r"is not in the format of cifar10 \(.*end.*\)\. Put a copy of https"):
+    with pytest.raises(UserError, match=r"is not in the format of cifar10 \(.*end.*\)\. Replace it by a copy of https"):
         prepare.run(settings(source="cifar10", path="raw"), Paths(tmp_path))
 
 
 def test_cifar_needs_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"raw/cifar: does not exist\. Make the folder, or let prepare\.path"):
+    with pytest.raises(UserError, match=r"raw/cifar: does not exist\. Create the folder, or set prepare\.path"):
         prepare.run(settings(source="cifar10", path="raw/cifar"), Paths(tmp_path))
     assert snapshot(tmp_path) == {}
 

@@ -1,4 +1,4 @@
-"""Tiny ImageNet: a small tree in the original layout, as a folder and as an archive, and the real images."""
+"""Tiny ImageNet: a small copy of the original layout, as a folder and as an archive, and the real images."""
 
 import json
 import shutil
@@ -8,8 +8,9 @@ from zipfile import ZipFile
 
 import numpy as np
 import pytest
-from photos import PROJECT, SHARED, load, photo, settings, snapshot
+from photos import load, photo, settings, snapshot
 from PIL import Image
+from project import ROOT, SHARED
 
 from d2r_core.errors import UserError
 from tasks import prepare
@@ -79,19 +80,19 @@ def test_odd_sizes_are_still_a_mismatch(tmp_path: Path) -> None:
         prepare.run(tiny(), Paths(tmp_path))
 
 
-def lose_everything(folder: Path) -> None:
+def remove_everything(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def lose_classes(folder: Path) -> None:
+def remove_classes(folder: Path) -> None:
     (folder / "wnids.txt").unlink()
 
 
-def lose_annotations(folder: Path) -> None:
+def remove_annotations(folder: Path) -> None:
     (folder / "val/val_annotations.txt").unlink()
 
 
-def lose_val_image(folder: Path) -> None:
+def remove_val_image(folder: Path) -> None:
     (folder / "val/images/val_0.JPEG").unlink()
 
 
@@ -104,7 +105,7 @@ def annotate_twice(folder: Path) -> None:
         file.write("val_0.JPEG\tn01\n")
 
 
-def annotate_strangely(folder: Path) -> None:
+def annotate_unknown_class(folder: Path) -> None:
     file = folder / "val/val_annotations.txt"
     file.write_text(file.read_text().replace("n02", "n09"))
 
@@ -113,11 +114,11 @@ def annotate_binary(folder: Path) -> None:
     (folder / "val/val_annotations.txt").write_bytes(b"\xff\xfe\x00")
 
 
-def lose_class(folder: Path) -> None:
+def remove_class(folder: Path) -> None:
     shutil.rmtree(folder / "train/n03/images")
 
 
-def lose_val_class(folder: Path) -> None:
+def remove_val_class(folder: Path) -> None:
     file = folder / "val/val_annotations.txt"
     file.write_text(file.read_text().replace("n02", "n01"))
 
@@ -133,20 +134,26 @@ def repeat_class(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "everything": (
-        lose_everything,
-        r"raw: Tiny ImageNet is not there\. Download http\S+ by hand and put it at \S+raw/ti",
+        remove_everything,
+        r"raw: does not contain Tiny ImageNet\. Download http\S+ manually to \S+raw/ti",
     ),
-    "classes": (lose_classes, r"tiny-imagenet-200: has no wnids\.txt; found test/, .* It is not Tiny ImageNet"),
-    "annotations": (lose_annotations, r"tiny-imagenet-200: has no val/val_annotations\.txt"),
-    "val_image": (lose_val_image, r"val/images/ do not agree: val_0\.JPEG stands in one of them only \(as 1"),
-    "more_val_images": (add_val_image, r"val/images/ do not agree: val_9\.JPEG stands in one of them only"),
-    "annotated_twice": (annotate_twice, r"val/val_annotations\.txt names val_0\.JPEG twice"),
-    "strange_annotation": (annotate_strangely, r"val/val_annotations\.txt names n09, which wnids\.txt does not"),
-    "binary_annotations": (annotate_binary, r"val_annotations\.txt: cannot be read \(.*utf-8.*\)\. Put the original"),
-    "class": (lose_class, r"train/<wnid>/images/ has no image of n03 \(of 1 classes\)"),
-    "val_class": (lose_val_class, r"val/val_annotations\.txt has no image of n02 \(of 1 classes\)"),
-    "more_classes": (add_class, r"train/n07/images/n07_0\.JPEG: is out of place; the layout is train/<wnid>/images"),
-    "repeated_class": (repeat_class, r"wnids\.txt names 4 classes, n01 of them twice\. Put the original"),
+    "classes": (remove_classes, r"tiny-imagenet-200: has no wnids\.txt, but test/, .* It is not Tiny ImageNet"),
+    "annotations": (remove_annotations, r"tiny-imagenet-200: has no val/val_annotations\.txt"),
+    "val_image": (
+        remove_val_image,
+        r"val/images/ do not match: val_0\.JPEG is in only one of them \(unmatched files: 1\)",
+    ),
+    "more_val_images": (add_val_image, r"val/images/ do not match: val_9\.JPEG is in only one of them"),
+    "annotated_twice": (annotate_twice, r"val/val_annotations\.txt lists val_0\.JPEG twice"),
+    "unknown_class": (annotate_unknown_class, r"val/val_annotations\.txt contains n09, which is not in wnids\.txt"),
+    "binary_annotations": (
+        annotate_binary,
+        r"val_annotations\.txt: cannot be read \(.*utf-8.*\)\. Restore the original",
+    ),
+    "class": (remove_class, r"train/<wnid>/images/ has no image of n03 \(classes without images: 1\)"),
+    "val_class": (remove_val_class, r"val/val_annotations\.txt has no image of n02 \(classes without images: 1\)"),
+    "more_classes": (add_class, r"train/n07/images/n07_0\.JPEG: does not fit the layout train/<wnid>/images"),
+    "repeated_class": (repeat_class, r"wnids\.txt lists 4 classes, n01 of them twice\. Restore the"),
 }
 
 
@@ -162,8 +169,8 @@ def test_a_broken_tree_gets_one_message(tmp_path: Path, make_broken: Callable[[P
 
 @pytest.mark.parametrize("model", ["wide_resnet_34_10", "preact_resnet18"])
 def test_the_presets_fit_images_of_64_pixels(model: str) -> None:
-    preset = settings_file.load(PROJECT / f"presets/tiny_imagenet_{model}.yaml")
-    published = settings_file.load(PROJECT / f"presets/cifar100_{model}.yaml")
+    preset = settings_file.load(ROOT / f"presets/tiny_imagenet_{model}.yaml")
+    published = settings_file.load(ROOT / f"presets/cifar100_{model}.yaml")
     assert (preset.prepare.source, preset.prepare.image_size) == ("tiny_imagenet", 64)
     assert preset.pretrain.architecture.name == "resnet18"
     assert preset.pretrain.architecture.strides == (1, 2, 2, 2)

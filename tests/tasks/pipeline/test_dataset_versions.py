@@ -1,4 +1,4 @@
-"""`d2r data`: a user's own data as versions under DVC, and what a run says when their content is missing."""
+"""`d2r data`: versions of a user's own data in DVC, and the error message when their content is missing."""
 
 import shutil
 import subprocess
@@ -7,9 +7,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import scratch_project as scratch
 import yaml
-from conftest import copy_project
 from photos import make_folder, photo
+from project import commit, copy_project, git
 
 from d2r_core.errors import UserError
 from tasks.config.paths import Paths
@@ -18,14 +19,13 @@ from tasks.pipeline import dataset_versions, dvc
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A fresh checkout under git whose params.yaml names the data set pets, which is not there yet."""
+    """A fresh checkout in git whose params.yaml refers to the data set pets, which does not exist yet."""
     root = tmp_path / "project"
     root.mkdir()
     copy_project(root)
     values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     values["prepare"].update(source="image_folder", path="data/raw/pets")
     (root / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    git(root, "init", "--quiet")
     commit(root)
     return root
 
@@ -35,15 +35,6 @@ def photos(tmp_path: Path) -> Path:
     return make_folder(tmp_path)
 
 
-def git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
-
-
-def commit(root: Path) -> None:
-    git(root, "add", "--all")
-    git(root, "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "--message", "a version")
-
-
 def run_dvc(root: Path, *arguments: str) -> str:
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True, text=True
@@ -51,16 +42,16 @@ def run_dvc(root: Path, *arguments: str) -> str:
 
 
 def d2r(root: Path, *arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    process = subprocess.run(scratch.d2r(*arguments), cwd=root, capture_output=True, text=True, check=False)
+    assert process.returncode == code, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stdout + process.stderr
 
 
-def test_the_life_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> None:
-    said = d2r(project, "data", "add", str(photos), "--name", "pets")
-    assert "prepare.path: data/raw/pets" in said
+@pytest.mark.slow
+def test_the_life_cycle_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> None:
+    output = d2r(project, "data", "add", str(photos), "--name", "pets")
+    assert "prepare.path: data/raw/pets" in output
     assert [path.name for path in (project / "data/raw/pets").iterdir()] == ["pets.zip"]
     assert git(project, "status", "--porcelain").split() == ["??", "data/raw/.gitignore", "??", "data/raw/pets.dvc"]
     first = (project / "data/raw/pets/pets.zip").read_bytes()
@@ -69,10 +60,10 @@ def test_the_life_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> 
     assert "stage prepare: ran" in d2r(project, "stage", "prepare")
     assert "prepare" not in dvc.status(Paths(project)), "nothing new"
 
-    # The same files again, whatever their times, are the same version.
+    # The same files with other modification times are the same version.
     for file in photos.rglob("*.png"):
         file.touch()
-    assert "holds this content already" in d2r(project, "data", "add", str(photos), "--name", "pets")
+    assert "already has this content" in d2r(project, "data", "add", str(photos), "--name", "pets")
 
     photo(77).save(photos / "train/cat/77.png")
     (photos / "train/dog/00.png").unlink()
@@ -92,26 +83,25 @@ def test_the_life_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> 
     ]
     assert d2r(project, "data", "diff", "pets", str(photos)).endswith("same: 18\n")
 
-    # Pushed, gone here, and fetched by the stage that needs it; then gone everywhere.
+    # Pushed, removed locally, and fetched by the stage that needs it; then removed everywhere.
     run_dvc(project, "remote", "add", "--default", "local", str(tmp_path / "remote"))
     run_dvc(project, "push")
     second = (project / "data/raw/pets/pets.zip").read_bytes()
-    for gone in (project / "data/raw/pets", project / ".dvc/cache"):
-        shutil.rmtree(gone)
-    assert "not here (dvc pull)" in d2r(project, "data", "list")
+    for folder in (project / "data/raw/pets", project / ".dvc/cache"):
+        shutil.rmtree(folder)
+    assert "not present (run `dvc pull`)" in d2r(project, "data", "list")
     d2r(project, "stage", "prepare")
     assert (project / "data/raw/pets/pets.zip").read_bytes() == second
-    for gone in (project / "data/raw/pets", project / ".dvc/cache", tmp_path / "remote/files"):
-        shutil.rmtree(gone)
-    said = d2r(project, "stage", "prepare", code=1)
-    assert said == (
-        "error: data/raw/pets: is under DVC (data/raw/pets.dvc), and neither the cache here nor the remote has its "
-        "content. Run `dvc push` where the data is, or name its remote (`dvc remote add -d`).\n"
+    for folder in (project / "data/raw/pets", project / ".dvc/cache", tmp_path / "remote/files"):
+        shutil.rmtree(folder)
+    assert d2r(project, "stage", "prepare", code=1) == (
+        "error: data/raw/pets: is tracked by DVC (data/raw/pets.dvc), but neither the local cache nor the remote has "
+        "its content. Run `dvc push` where the data is available, or configure the remote (`dvc remote add -d`).\n"
     )
 
 
-def test_a_folder_is_packed_to_the_same_bytes_and_without_what_systems_leave(photos: Path, tmp_path: Path) -> None:
-    (photos / ".DS_Store").write_text("left by a system")
+def test_a_folder_is_packed_to_the_same_bytes_and_without_system_files(photos: Path, tmp_path: Path) -> None:
+    (photos / ".DS_Store").write_text("a file of the system")
     packed = []
     for number in range(2):
         new = tmp_path / str(number)
@@ -126,7 +116,7 @@ def test_a_folder_is_packed_to_the_same_bytes_and_without_what_systems_leave(pho
         assert archive.namelist() == sorted(file.relative_to(photos).as_posix() for file in photos.rglob("*.png"))
 
 
-def test_an_archive_stays_as_it_is_and_a_set_in_parts_too(photos: Path, tmp_path: Path) -> None:
+def test_archives_are_copied_unchanged(photos: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     parts.mkdir()
     for split in ("train", "test"):
@@ -139,22 +129,22 @@ def test_an_archive_stays_as_it_is_and_a_set_in_parts_too(photos: Path, tmp_path
     assert (single / "train.zip").read_bytes() == (parts / "train.zip").read_bytes()
     assert sorted(path.name for path in both.iterdir()) == ["test.zip", "train.zip"]
     difference = dataset_versions.compare(str(photos), str(both), Paths())
-    assert (difference.same, difference.added, difference.removed) == (18, [], [])
+    assert (difference.unchanged, difference.added, difference.removed) == (18, [], [])
 
 
 @pytest.mark.parametrize(
     ("source", "name", "message"),
     [
         ("missing", "pets", "missing: does not exist"),
-        ("photos", "../pets", "--name '../pets': a name has letters"),
-        ("photos", "", "--name '': a name has letters"),
-        ("empty", "pets", "empty: holds no file"),
+        ("photos", "../pets", "--name '../pets': a name may contain letters"),
+        ("photos", "", "--name '': a name may contain letters"),
+        ("empty", "pets", "empty: contains no files"),
         ("text.txt", "pets", "text.txt: is neither a folder nor an archive"),
         ("linked", "pets", "is a link"),
-        ("photos", "mine", "exists and is not under DVC"),
+        ("photos", "mine", "exists and is not tracked by DVC"),
     ],
 )
-def test_what_cannot_be_added_is_one_message_and_leaves_nothing(
+def test_an_invalid_source_is_one_message_and_leaves_nothing(
     tmp_path: Path, photos: Path, source: str, name: str, message: str
 ) -> None:
     root = tmp_path / "project"
@@ -170,14 +160,14 @@ def test_what_cannot_be_added_is_one_message_and_leaves_nothing(
     assert sorted(root.rglob("*")) == before
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_if_dvc_fails_everything_is_as_it_was(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+@pytest.mark.parametrize("exists", [True, False])
+def test_if_dvc_fails_the_previous_state_is_restored(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
     root = tmp_path / "project"
     (root / "data/raw").mkdir(parents=True)
     (root / "dvc.yaml").write_text("stages: {}\n")
-    if known:
+    if exists:
         (root / "data/raw/pets").mkdir()
         (root / "data/raw/pets/pets.zip").write_bytes(b"the old version")
         (root / "data/raw/pets.dvc").write_text("outs: []\n")
@@ -186,19 +176,19 @@ def test_if_dvc_fails_everything_is_as_it_was(
     def fail(arguments: list[str], paths: Paths) -> list[str]:
         (root / "data/raw/pets.dvc").write_text("half")
         (root / "data/raw/.gitignore").write_text("half")
-        raise dvc.BusyError("another DVC process is at work here")
+        raise dvc.BusyError("another DVC process is running")
 
-    monkeypatch.setattr(dvc, "ask", fail)
+    monkeypatch.setattr(dvc, "run_dvc", fail)
     with pytest.raises(UserError, match="another DVC process"):
         dataset_versions.add(photos, "pets", Paths(root), force=True)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
-def test_differences_that_cannot_be_told_are_one_message(project: Path, photos: Path, tmp_path: Path) -> None:
+def test_an_invalid_reference_is_one_message(project: Path, photos: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.zip"
     broken.write_bytes(b"no archive")
     for name, message in (
-        ("dogs", "dogs: is no path and no data set here; the data sets are: none"),
+        ("dogs", "dogs: is neither a path nor a data set; the data sets are: none"),
         ("a/b", "a/b: does not exist"),
         ("pets@HEAD", "pets@HEAD: git has no such version"),
         (str(broken), "broken.zip"),
@@ -207,5 +197,5 @@ def test_differences_that_cannot_be_told_are_one_message(project: Path, photos: 
             dataset_versions.compare(name, str(photos), Paths(project))
 
 
-def test_without_any_data_set_the_list_says_how_to_begin(project: Path) -> None:
+def test_an_empty_list_explains_how_to_add_a_data_set(project: Path) -> None:
     assert "d2r data add PATH --name NAME" in d2r(project, "data", "list")

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 import pytest
 import yaml
-from conftest import copy_project
 from imports import ROOT, imported_files, syntax
 from jinja2 import meta, nodes
+from project import copy_project
 
 from d2r_core import files
 from tasks.config.paths import Paths
@@ -187,7 +187,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = root / out / "accepted.json" if out == "reports/validation" else root / out
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(out)
-    dvc.ask(["commit", "--force"], Paths(root))
+    dvc.run_dvc(["commit", "--force"], Paths(root))
     return root
 
 

@@ -10,6 +10,8 @@ import pytest
 from report_inputs import DIGITS
 from report_page import make_report
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium")
 LONG = "aeroplane_with_a_very_long_name_and_no_space_to_break_it"
 
