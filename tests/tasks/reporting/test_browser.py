@@ -1,7 +1,6 @@
 """The report in a real browser: it opens without a complaint, its tables sort, its images open, at any width."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,7 @@ from report_page import make_report
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium")
 LONG = "aeroplane_with_a_very_long_name_and_no_space_to_break_it"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    quiet = ["background-networking", "component-update", "gpu", "quic", "sync"]
-    arguments = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
