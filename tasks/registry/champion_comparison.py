@@ -17,7 +17,7 @@ from d2r_core.evaluation.statistics import paired_bootstrap
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import versions
-from tasks.tracking import runs
+from tasks.tracking import errors, runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,7 +57,7 @@ def compare(settings: Settings, paths: Paths) -> str:
         return "There is no champion to compare with."
     from mlflow import MlflowClient
 
-    with runs.readable_errors():
+    with errors.readable_errors():
         client = MlflowClient()
         holder = client.get_model_version(settings.promote.model_name, str(version))
         champion = {"version": version, "weights_sha256": holder.tags.get("weights_sha256")}

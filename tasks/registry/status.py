@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.tracking import runs
+from tasks.tracking import connection, errors
 from tasks.tracking.uri import tracking_uri
 
 
@@ -26,10 +26,10 @@ def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
     database = tracking_uri(settings).removeprefix("sqlite:///")
     if database != tracking_uri(settings) and not (paths.root / database).exists():
         return {}  # asking would make one
-    runs.configure(settings, paths)
+    connection.configure(settings, paths)
     from mlflow import MlflowClient
 
-    with runs.readable_errors():
+    with errors.readable_errors():
         models = MlflowClient().search_registered_models(f"name = '{settings.promote.model_name}'")
     return {alias: int(version) for model in models for alias, version in model.aliases.items()}
 
@@ -56,7 +56,7 @@ def registry_status(settings: Settings, paths: Paths) -> RegistryStatus | None:
     from mlflow import MlflowClient
 
     wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in identity.items())
-    with runs.readable_errors():
+    with errors.readable_errors():
         found = MlflowClient().search_model_versions(f"name = '{settings.promote.model_name}' and {wanted}")
         if not found:
             return None

@@ -15,7 +15,7 @@ from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.registry import model_logging
 from tasks.registry.model_logging import Recorded
-from tasks.tracking import runs
+from tasks.tracking import connection, errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -175,10 +175,10 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
 @contextmanager
 def _client(settings: Settings, paths: Paths) -> Iterator["MlflowClient"]:
     """MLflow's client; what the server refuses inside the block becomes one message."""
-    runs.configure(settings, paths)
+    connection.configure(settings, paths)
     import mlflow
 
-    with runs.readable_errors():
+    with errors.readable_errors():
         yield mlflow.MlflowClient()
 
 

@@ -29,7 +29,7 @@ from tasks.pipeline import dvc
 from tasks.registry import champion_comparison
 from tasks.registry.status import RegistryStatus
 from tasks.registry.versions import Verdict
-from tasks.tracking.runs import UnavailableError
+from tasks.tracking.errors import UnavailableError
 
 
 @pytest.fixture(scope="session")

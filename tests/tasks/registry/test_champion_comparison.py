@@ -16,7 +16,7 @@ from d2r_core.evaluation.statistics import paired_bootstrap
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import champion_comparison, versions
-from tasks.tracking import runs
+from tasks.tracking import connection, errors
 
 IMAGES = 40
 NAME = "digits"
@@ -66,7 +66,7 @@ class Project:
 
     def crown(self, weights: str, *, files: bool = True) -> int:
         """Make the evaluated target champion."""
-        runs.configure(self.settings, self.paths)
+        connection.configure(self.settings, self.paths)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name("tests")
         assert experiment is not None
@@ -229,11 +229,11 @@ def test_a_server_that_is_away_leaves_no_file_about_another_target(project: Proj
         away = project.settings.tracking.model_copy(update={"uri": uri})
         project.settings = project.settings.model_copy(update={"tracking": away})
 
-        with pytest.raises(runs.UnavailableError):
+        with pytest.raises(errors.UnavailableError):
             project.compare()
         assert project.paths.comparison.read_bytes() == before
 
         project.evaluate("another", seed=3)
-        with pytest.raises(runs.UnavailableError):
+        with pytest.raises(errors.UnavailableError):
             project.compare()
         assert not project.paths.comparison.exists()

@@ -10,7 +10,7 @@ import pytest
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import status
-from tasks.tracking import runs
+from tasks.tracking import connection
 
 IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash": "evaluation"}
 
@@ -44,7 +44,7 @@ def test_asking_makes_no_database(paths: Paths, tiny_settings: Callable[..., Set
 def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
     settings = tiny_settings()
     name = settings.promote.model_name
-    runs.configure(settings, paths)
+    connection.configure(settings, paths)
     from mlflow import MlflowClient
 
     client = MlflowClient()

@@ -33,7 +33,7 @@ from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation import evaluate_model
 from tasks.registry import servable, versions
-from tasks.tracking import runs
+from tasks.tracking import connection, errors, runs
 from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import Progress
 
@@ -77,7 +77,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(tmp_path: Path, store: Path, settings: Settings) -> "Project":
     if not store.exists():
-        runs.configure(settings, Paths(store.parent))
+        connection.configure(settings, Paths(store.parent))
     shutil.copy(store, tmp_path / "mlflow.db")
     return Project(settings, Paths(tmp_path))
 
@@ -652,7 +652,7 @@ def test_promotion_lets_better_models_through(project: Project, monkeypatch: pyt
 def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> None:
     assert task.retries
     condition = cast(Callable[..., bool], task.retry_condition_fn)
-    assert condition(task, None, Failed(data=runs.UnavailableError("away")))
+    assert condition(task, None, Failed(data=errors.UnavailableError("away")))
     assert not condition(task, None, Failed(data=UserError("refused")))
 
 
