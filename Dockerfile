@@ -1,9 +1,9 @@
-# D2R and what it runs with; the whole chain: docker run --init IMAGE. How to keep what it makes: docs/schedule.md.
+# D2R with its dependencies. `docker run --init IMAGE` runs the pipeline; docs/schedule.md lists the volumes to mount.
 FROM python:3.11-slim-bookworm
 
 WORKDIR /app
 COPY pyproject.toml requirements.lock ./
-# The lock holds every package's version and hash; what only the tests and checks need is left out.
+# The lock file pins versions and hashes. Development dependencies are not installed.
 ARG UV_VERSION=0.13.9
 RUN pip install --no-cache-dir --quiet --target /tmp/uv uv==${UV_VERSION} \
     && python -m venv --without-pip /opt/venv \
@@ -13,7 +13,7 @@ RUN pip install --no-cache-dir --quiet --target /tmp/uv uv==${UV_VERSION} \
     && useradd --create-home --uid 1000 d2r \
     && chown 1000 /app
 
-# There is no git in the image: the build says which commit it holds, and DVC is told not to look for it.
+# The image has no git: the commit is passed as a build argument, and DVC runs without SCM.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GIT_PYTHON_REFRESH=quiet \

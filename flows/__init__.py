@@ -1,1 +1,4 @@
-"""Composes the tasks, schedules them, and is the face to the user (`d2r`)."""
+"""The flow that composes the tasks, its deployment, and the command line `d2r`.
+
+May import everything in tasks and d2r_core; nobody imports flows.
+"""

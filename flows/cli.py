@@ -1,7 +1,6 @@
 """`d2r`: the face to the user. Only what prints the help is imported at the top, so that it appears at once."""
 
 import difflib
-import json
 import os
 import signal
 import subprocess
@@ -166,9 +165,10 @@ def _conclude(settings: "Settings", paths: "Paths", registered: "RegistryStatus"
     from rich.table import Table
 
     from flows import summary
+    from tasks.evaluation.report_schema import RobustnessReport
 
-    robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
-    table = Table(*summary.HEADER, title=f"Accuracy under attack ({robustness['norm']})")
+    robustness = RobustnessReport.read(paths.robustness)
+    table = Table(*summary.HEADER, title=f"Accuracy under attack ({robustness.norm})")
     for row in summary.rows(robustness):
         table.add_row(*row)
     rich.print(table)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
     from tasks.data.evaluation_images import Heldout
-    from tasks.evaluation.evaluate_models import Findings, Subject
+    from tasks.evaluation.evaluate_models import Subject
+    from tasks.evaluation.report_schema import RobustnessReport
 
 Source = Literal["image_folder", "cifar10", "cifar100", "tiny_imagenet", "digits"]
 Architecture = Literal["wide_resnet", "preact_resnet18", "resnet18"]
@@ -42,7 +43,7 @@ def evaluate(
 ) -> None:
     """Attack any checkpoint as the chain attacks its own.
 
-    Writes its figures, what it said of each image, and a report.
+    Writes its figures, its prediction for each image, and a report.
 
     Takes published checkpoints (TRADES, LBGAT, D2R, RobustBench's of the same architectures), our own files and
     registered versions. Weights only: no code of a file is run.
@@ -82,17 +83,17 @@ def evaluate(
         state=paths.state,
     )
     try:
-        found = evaluate_models.examine(subjects, conditions)
+        evaluation = evaluate_models.examine(subjects, conditions)
     except Interrupted as interruption:
         typer.echo(str(interruption), err=True)
         raise typer.Exit(130) from None
     folder = out or paths.reports / "evaluations" / Path(checkpoint).stem
-    found.robustness["checkpoint"] = checkpoint
-    found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
-    found.write(folder)
-    files.write_text(folder / "report.html", report.render(report.read(folder), settings))
+    evaluation.robustness.update(checkpoint=checkpoint, settings_hash=settings.hash("seed", "evaluate"))
+    evaluation.write(folder)
+    artifacts = report.read(folder)
+    files.write_text(folder / "report.html", report.render(artifacts, settings))
     evaluate_models.forget(subjects, conditions)
-    _show(found, folder)
+    _show(artifacts.robustness, folder)
 
 
 def _overridden(settings: "Settings", **options: Any) -> "Settings":
@@ -170,29 +171,29 @@ def _complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     return architecture
 
 
-_MARKS = {True: "passed", False: "FAILED", None: "not asked"}
+_RESULTS = {True: "passed", False: "FAILED", None: "skipped"}
 
 
-def _show(found: "Findings", folder: Path) -> None:
-    """Print the figures, what the self-checks found, and where the rest lies."""
+def _show(robustness: "RobustnessReport", folder: Path) -> None:
+    """Print the figures, the results of the self-checks, and where the rest lies."""
     import rich
     from rich.table import Table
 
-    columns = ["attack", "eps", "step size, steps, restarts", "stand", "accuracy", "95 % interval"]
-    table = Table(*columns, title=f"Accuracy under attack ({found.robustness['norm']})")
-    for figure in found.robustness["models"]["target"]["attacks"].values():
-        low, high = figure["interval"]
-        conditions = [figure[key] for key in ("step_size", "steps", "restarts")]
+    columns = ["attack", "eps", "step size, steps, restarts", "correct", "accuracy", "95 % interval"]
+    table = Table(*columns, title=f"Accuracy under attack ({robustness.norm})")
+    for figures in robustness.target.attacks.values():
+        low, high = figures.interval
+        conditions = (figures.step_size, figures.steps, figures.restarts)
         table.add_row(
-            figure["name"],
-            f"{figure['eps']:.5g}",
-            "its own" if None in conditions else ", ".join(f"{value:.4g}" for value in conditions),
-            f"{figure['correct']} of {figure['images']}",
-            f"{figure['accuracy']:.2%}",
+            figures.name,
+            f"{figures.eps:.5g}",
+            ", ".join(f"{value:.4g}" for value in conditions if value is not None) or "its own",
+            f"{figures.correct} of {figures.images}",
+            f"{figures.accuracy:.2%}",
             f"{low:.2%} to {high:.2%}",
         )
     rich.print(table)
-    for check in found.robustness["models"]["target"]["checks"]:
-        typer.echo(f"{_MARKS[check['passed']]:<10} {check['name']}. {check['found']}")
+    for check in robustness.target.checks:
+        typer.echo(f"{_RESULTS[check.passed]:<10} {check.name}. {check.message}")
     typer.echo(f"figures    {folder}")
     typer.echo(f"report     {folder / 'report.html'}")

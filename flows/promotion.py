@@ -9,7 +9,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.prefect_tasks import gate, promote, register
 from tasks.registry import versions
-from tasks.registry.versions import Verdict
+from tasks.registry.gate import Verdict
 
 
 class PromotionResult(NamedTuple):

@@ -11,7 +11,6 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-import json
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +25,7 @@ from flows.promotion import PromotionResult, promotion
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.evaluation.report_schema import RobustnessReport
 from tasks.pipeline import dvc
 from tasks.prefect_tasks import compare, reproduce
 from tasks.registry.status import registry_status
@@ -63,7 +63,7 @@ def _compare(settings: Settings, paths: Paths) -> None:
 
 
 def _markdown(settings: Settings, paths: Paths, outcome: PromotionResult) -> str:
-    robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
+    robustness = RobustnessReport.read(paths.robustness)
     registered = registry_status(settings, paths)
     assert registered is not None, "promotion has registered it"
     return "\n".join(

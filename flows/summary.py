@@ -1,22 +1,21 @@
 """What a run came to, for people: the robustness table and where to look further. Used by terminal and artifact."""
 
-from typing import Any
-
 from tasks.config.settings import Settings
+from tasks.evaluation.report_schema import Accuracy, RobustnessReport
 from tasks.tracking.uri import tracking_uri
 
 HEADER = ["attack", "eps", "test images", "guidance [95 %]", "target [95 %]"]
 _ATTACKS = ["clean", "fgsm", "pgd", "cw", "worst", "autoattack"]  # the worst is that of the four before it
 
 
-def rows(robustness: dict[str, Any]) -> list[list[str]]:
-    """Both models' accuracies under every attack of `reports/robustness.json`, with 95 % intervals; a row an attack."""
-    guidance, target = (robustness["models"][model]["attacks"] for model in ("guidance", "target"))
+def rows(report: RobustnessReport) -> list[list[str]]:
+    """Both models' accuracies under every attack, with 95 % intervals; a row an attack."""
+    guidance, target = report.models["guidance"].attacks, report.target.attacks
     return [
         [
-            target[attack]["name"],
-            f"{target[attack]['eps']:.4g}",
-            f"{target[attack]['images']} of {robustness['data']['test_images']}",
+            target[attack].name,
+            f"{target[attack].eps:.4g}",
+            f"{target[attack].images} of {report.data.test_images}",
             _accuracy(guidance[attack]),
             _accuracy(target[attack]),
         ]
@@ -25,17 +24,17 @@ def rows(robustness: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def self_checks(robustness: dict[str, Any]) -> str:
-    """What the self-checks say of the target's figures: the names of those that did not pass, or that all did."""
-    checks = robustness["models"]["target"]["checks"]
-    failed, unasked = ([check["name"] for check in checks if check["passed"] is answer] for answer in (False, None))
-    said = [f"{word}: {', '.join(names)}" for word, names in (("failed", failed), ("not asked", unasked)) if names]
-    return "; ".join(said) or f"all {len(checks)} passed"
+def self_checks(report: RobustnessReport) -> str:
+    """The self-checks of the target's figures: the names of those that failed or were skipped, or that all passed."""
+    checks = report.target.checks
+    failed, skipped = ([check.name for check in checks if check.passed is result] for result in (False, None))
+    parts = [f"{word}: {', '.join(names)}" for word, names in (("failed", failed), ("skipped", skipped)) if names]
+    return "; ".join(parts) or f"all {len(checks)} passed"
 
 
-def markdown(robustness: dict[str, Any]) -> str:
+def markdown(report: RobustnessReport) -> str:
     """The table as Markdown."""
-    lines = [HEADER, ["---"] * len(HEADER), *rows(robustness)]
+    lines = [HEADER, ["---"] * len(HEADER), *rows(report)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -53,6 +52,6 @@ def run_link(settings: Settings, experiment_id: str, run_id: str) -> str:
     return f"`{open_mlflow(settings)}`, then [run {run_id}](http://127.0.0.1:5000/{page})"
 
 
-def _accuracy(figure: dict[str, Any]) -> str:
-    low, high = figure["interval"]
-    return f"{figure['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+def _accuracy(figure: Accuracy) -> str:
+    low, high = figure.interval
+    return f"{figure.accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,1 +1,4 @@
-"""What the chain is made of: one module per stage, and the tasks around them."""
+"""The pipeline: one module per DVC stage, Prefect's tasks, and the rooms that they are made of.
+
+Imports d2r_core, never flows. docs/design.md lists what each room may import.
+"""

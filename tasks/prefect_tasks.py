@@ -15,7 +15,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.pipeline import dvc
 from tasks.registry import champion_comparison, versions
-from tasks.registry.versions import Verdict
+from tasks.registry.gate import Verdict, judge
 from tasks.tracking.errors import UnavailableError
 
 
@@ -58,7 +58,7 @@ def register(settings: Settings, paths: Paths) -> int:
 @_registry_task
 def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
     """Judge a version by the rules of `promote`."""
-    verdict = versions.gate(settings, paths, version)
+    verdict = judge(settings, paths, version)
     print(
         f"The gate {'lets' if verdict.passed else 'does not let'} version {version} pass: {' '.join(verdict.reasons)}"
     )

@@ -1,9 +1,6 @@
-"""Made-up artifacts of a whole chain, consistent in themselves, for the tests of the report; and what a page holds."""
+"""Made-up artifacts of a whole chain, consistent in themselves, for the tests of the report."""
 
-import base64
-import io
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import yaml
-from PIL import Image
 from safetensors.numpy import save_file
 
 from d2r_core.evaluation.statistics import wilson
-from tasks import report
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.evaluation.report_schema import VERSION
 from tasks.reporting import robustness_figures
 
 ROOT = Path(__file__).parent.parent
@@ -57,44 +53,22 @@ def make_inputs(
     write(paths.target.with_suffix(".json"), metadata["target"])
     _histories(paths, pretrain_epochs)
 
-    subset = np.arange(min(autoattack_images, len(labels)))
-    rows, models = [], {}
-    for name, chances in {"guidance": (0.99, 0.3, 0.02, 0.01), "target": (0.97, 0.85, 0.72, 0.7)}.items():
-        toughness = rng.random(len(labels))  # an image that falls to a weak attack falls to most strong ones
-        right = {
-            key: toughness + 0.02 * rng.standard_normal(len(labels)) < chance
-            for key, chance in zip(ATTACKS, chances, strict=True)
-        }
-        worst = np.logical_and.reduce(list(right.values()))
-        attacks = {key: _figure(key, right[key], labels, count) for key in ATTACKS}
-        attacks["worst"] = _figure("worst", worst, labels, count)
-        if autoattack_images:
-            right["autoattack"] = worst[subset] & (rng.random(len(subset)) < 0.95)
-            attacks["autoattack"] = _figure("autoattack", right["autoattack"], labels[subset], count)
-        models[name] = {
-            "architecture": metadata[name]["architecture"],
-            "weights_sha256": metadata[name]["weights_sha256"],
-            "attacks": attacks,
-            "checks": _checks(name),
-            "curves": _curves(len(labels), 0.72 if name == "target" else 0.02),
-        }
-        for key, hits in right.items():
-            wrong = (labels[: len(hits)] + 1 + rng.integers(0, count - 1, len(hits))) % count
-            prediction = np.where(hits, labels[: len(hits)], wrong)
-            frame = {"model": name, "attack": key, "index": np.arange(len(hits)), "label": labels[: len(hits)]}
-            margin = np.where(hits, 1.0, -1.0) * rng.random(len(hits))
-            frame |= {"prediction": prediction, "margin": margin, "correct": hits}
-            rows.append(pd.DataFrame({**frame, "distance": {**ATTACKS, **MORE_ATTACKS}[key]["eps"]}))
-            if key == "pgd":
-                counts = np.zeros((count, count), dtype=np.int64)
-                np.add.at(counts, (labels, prediction), 1)
-                models[name]["confusion"] = {"attack": "pgd", "counts": counts.tolist()}
-    examples = pd.concat(rows, ignore_index=True)
+    frames, models = [], {}
+    for name in ("guidance", "target"):
+        correct = _correct(name, len(labels), min(autoattack_images, len(labels)), rng)
+        models[name] = _model(name, metadata[name], correct, labels, count)
+        frame = _examples(name, correct, labels, count, rng)
+        pgd = frame[frame["attack"] == "pgd"]
+        counts = np.zeros((count, count), dtype=np.int64)
+        np.add.at(counts, (pgd["label"].to_numpy(), pgd["prediction"].to_numpy()), 1)
+        models[name]["confusion"] = {"attack": "pgd", "counts": counts.tolist()}
+        frames.append(frame)
+    examples = pd.concat(frames, ignore_index=True)
     examples.to_parquet(paths.examples)
     _gallery(paths, examples, labels, rng)
     data = {"source": "digits", "hash": manifest["hash"], "classes": classes, "test_images": len(labels)}
     about = {"seed": 0, "precision": "fp32", "device": "cpu", "settings_hash": settings.hash("seed", "evaluate")}
-    write(paths.robustness, {"data": data, **about, "norm": "Linf", "models": models})
+    write(paths.robustness, {"version": VERSION, "data": data, **about, "norm": "Linf", "models": models})
     return settings, paths
 
 
@@ -189,6 +163,63 @@ def _histories(paths: Paths, pretrain_epochs: int) -> None:
     pd.DataFrame({**train, "images_per_second": 400.0}).to_csv(paths.train_history, index=False)
 
 
+def _correct(name: str, images: int, autoattack_images: int, rng: np.random.Generator) -> dict[str, Booleans]:
+    """Whether each image is classified correctly, by attack; AutoAttack runs on the first images, if on any."""
+    chances = {"guidance": (0.99, 0.3, 0.02, 0.01), "target": (0.97, 0.85, 0.72, 0.7)}[name]
+    toughness = rng.random(images)  # what a weak attack misleads on, most strong ones do too
+    correct = {
+        key: toughness + 0.02 * rng.standard_normal(images) < chance
+        for key, chance in zip(ATTACKS, chances, strict=True)
+    }
+    if autoattack_images:
+        worst = np.logical_and.reduce(list(correct.values()))
+        correct["autoattack"] = worst[:autoattack_images] & (rng.random(autoattack_images) < 0.95)
+    return correct
+
+
+def _model(
+    name: str,
+    metadata: dict[str, Any],
+    correct: dict[str, Booleans],
+    labels: npt.NDArray[np.int64],
+    classes: int,
+) -> dict[str, Any]:
+    worst = np.logical_and.reduce([correct[key] for key in ATTACKS])
+    attacks = {key: _figure(key, right, labels[: len(right)], classes) for key, right in correct.items()}
+    return {
+        "architecture": metadata["architecture"],
+        "weights_sha256": metadata["weights_sha256"],
+        "attacks": {**attacks, "worst": _figure("worst", worst, labels, classes)},
+        "checks": _checks(name),
+        "curves": _curves(len(labels), 0.72 if name == "target" else 0.02),
+    }
+
+
+def _examples(
+    name: str,
+    correct: dict[str, Booleans],
+    labels: npt.NDArray[np.int64],
+    classes: int,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    frames = []
+    for key, right in correct.items():
+        label = labels[: len(right)]
+        wrong = (label + 1 + rng.integers(0, classes - 1, len(right))) % classes
+        columns = {
+            "model": name,
+            "attack": key,
+            "index": np.arange(len(right)),
+            "label": label,
+            "prediction": np.where(right, label, wrong),
+            "margin": np.where(right, 1.0, -1.0) * rng.random(len(right)),
+            "correct": right,
+            "distance": {**ATTACKS, **MORE_ATTACKS}[key]["eps"],
+        }
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
 def _figure(key: str, right: Booleans, labels: npt.NDArray[np.int64], classes: int) -> dict[str, Any]:
     of_class = [right[labels == label] for label in range(classes)]
     return {
@@ -212,8 +243,8 @@ def _counts(correct: int, images: int) -> dict[str, Any]:
 def _checks(model: str) -> list[dict[str, Any]]:
     passed = dict.fromkeys(robustness_figures.CHECKS, True) | ({"transfer": None} if model == "guidance" else {})
     return [
-        {"key": key, "name": f"expected of {key}", "passed": verdict, "found": f"{model}: {key} was looked at."}
-        for key, verdict in passed.items()
+        {"key": key, "name": f"expected of {key}", "passed": result, "found": f"{model}: {key} was tested."}
+        for key, result in passed.items()
     ]
 
 
@@ -239,30 +270,3 @@ def _gallery(paths: Paths, examples: pd.DataFrame, labels: npt.NDArray[np.int64]
             chosen = examples[(examples["model"] == model) & (examples["attack"] == attack)]
             tensors[f"{model}_{kind}_prediction"] = chosen["prediction"].to_numpy()[:count].astype(np.int64)
     save_file(tensors, paths.gallery)
-
-
-class Page(HTMLParser):
-    """What a browser would see: the tags with their attributes, and the text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1][0] not in ("style", "script"):
-            self.text += data
-
-    def images(self) -> list[npt.NDArray[np.uint8]]:
-        sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
-        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) for source in sources]
-
-
-def make_report(root: Path, **choices: Any) -> tuple[Page, str, Paths]:
-    settings, paths = make_inputs(root, **choices)
-    report.run(settings, paths)
-    return Page(paths.report), paths.model_card.read_text(), paths

@@ -1,0 +1,4 @@
+"""Attacks on a model: how one perturbs a batch, and how it runs over a whole split, on any number of processes.
+
+Imports only the shared files of d2r_core; knows neither models nor training.
+"""

@@ -29,6 +29,20 @@ _PIXEL = 1e-6  # what fp32 may add to a pixel's distance, with room to spare
 _LOSSES = 0.1  # the share of the images by which one loss may beat the other; see losses
 _QUARTER = 0.25  # of eps; see noise
 
+# The keys of all checks, in their order.
+SELF_CHECKS: tuple[str, ...] = (
+    "more_steps",
+    "large_eps",
+    "black_box",
+    "transfer",
+    "losses",
+    "gradients",
+    "noise",
+    "logits",
+    "eval_mode",
+    "perturbation",
+)
+
 
 class Check(NamedTuple):
     key: str

@@ -22,7 +22,9 @@ from d2r_core.evaluation import curves, self_checks
 from d2r_core.evaluation.curves import EpsCurve, StepsCurve
 from d2r_core.interruption import Interrupted
 from tasks.config.settings import Evaluate
+from tasks.config.stage_code import stage_code
 from tasks.evaluation.evaluate_model import Measurement, measure
+from tasks.evaluation.report_schema import VERSION, RobustnessReport
 
 _GALLERY = 32  # images
 _CHECK_QUERIES = 1000  # of Square as the self-checks' black box
@@ -59,7 +61,7 @@ class Conditions:
 
     def kept(self, subject: Subject) -> Path:
         """The folder of a model's finished batches, named after everything that they depend on."""
-        code = files.code_fingerprint("d2r_core", "tasks/evaluation")
+        code = files.code_fingerprint(*stage_code("evaluate"))
         device = next(subject.model.parameters()).device.type
         versions = [version(package) for package in ("torch", "pyautoattack")]
         settings = self.settings.model_dump(mode="json")
@@ -87,7 +89,8 @@ class Findings(NamedTuple):
             self.examples.to_parquet(temporary, index=False)
         with files.atomic(folder / "gallery.safetensors") as temporary:
             save_file(self.gallery, temporary)
-        files.write_text(folder / "robustness.json", json.dumps(self.robustness, indent=2) + "\n")
+        report = RobustnessReport.model_validate({"version": VERSION, **self.robustness})
+        files.write_text(folder / "robustness.json", report.json_text())
 
 
 class _Examined(NamedTuple):

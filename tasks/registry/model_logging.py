@@ -12,6 +12,7 @@ import torch
 from d2r_core import checkpoint, data
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.evaluation.report_schema import RobustnessReport
 from tasks.registry import servable
 from tasks.tracking import metric_uploader, runs
 from tasks.tracking.lineage import Lineage
@@ -21,24 +22,23 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 
-class Recorded(NamedTuple):
-    """Where it lies: MLflow's ids of the run and of the logged model."""
+class LoggedModel(NamedTuple):
+    """MLflow's ids of the run and of the logged model."""
 
     run_id: str
     model_id: str
 
 
-def record(
-    client: "MlflowClient", settings: Settings, paths: Paths, metadata: dict[str, Any], robustness: dict[str, Any]
-) -> Recorded:
+def log_evaluated_model(
+    client: "MlflowClient", settings: Settings, paths: Paths, metadata: dict[str, Any], robustness: RobustnessReport
+) -> LoggedModel:
     """Log the evaluated target model to the run that trained it.
 
     Where this server does not know that run, a new one is made from the files. The run that trained the guidance gets
-    what it missed as well. All of it may be done again.
+    what it missed as well. To repeat all of it does no harm.
 
     Args:
         metadata: the target checkpoint's JSON.
-        robustness: the content of robustness.json.
     """
     model, _ = checkpoint.load(paths.target, torch.device("cpu"))
     images = data.load_split(paths.prepared / "test.safetensors").images[:2]
@@ -48,7 +48,7 @@ def record(
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
     _log_files(client, run_id, paths)
-    return Recorded(run_id, servable.log_model(run_id, model, metadata, data.to_float(images).numpy()))
+    return LoggedModel(run_id, servable.log_model(run_id, model, metadata, data.to_float(images).numpy()))
 
 
 def complete(client: "MlflowClient", run_id: str, history: Path) -> None:
@@ -57,7 +57,7 @@ def complete(client: "MlflowClient", run_id: str, history: Path) -> None:
     All points to a new run, none to one that missed nothing; and nothing to a run that this server does not know.
 
     Args:
-        history: the CSV of epochs; beside it as .jsonl, where it was kept, the file of all points.
+        history: the CSV of epochs; beside it as .jsonl, where there is one, the file of all points.
     """
     run = runs.find(client, run_id)
     if run is None:
@@ -108,20 +108,20 @@ def _training_run(client: "MlflowClient", settings: Settings, paths: Paths, meta
     return run_id
 
 
-def _log_figures(client: "MlflowClient", run_id: str, robustness: dict[str, Any]) -> None:
+def _log_figures(client: "MlflowClient", run_id: str, robustness: RobustnessReport) -> None:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    figures = {
-        f"test/{model}/{attack}": figure["accuracy"]
-        for model, measured in robustness["models"].items()
-        for attack, figure in measured["attacks"].items()
+    accuracies = {
+        f"test/{name}/{attack}": figures.accuracy
+        for name, model in robustness.models.items()
+        for attack, figures in model.attacks.items()
     }
-    client.log_batch(run_id, [Metric(key, accuracy, now, 0) for key, accuracy in figures.items()])
+    client.log_batch(run_id, [Metric(key, accuracy, now, 0) for key, accuracy in accuracies.items()])
 
 
 def _log_files(client: "MlflowClient", run_id: str, paths: Paths) -> None:
-    """What people look at, what the figures stand on, and the checkpoint."""
+    """What people look at, what the figures were counted from, and the checkpoint."""
     reports = (paths.report, paths.model_card, paths.data_page, paths.robustness, paths.examples, paths.validation)
     histories = (paths.pretrain_history, paths.train_history)
     points = (path.with_suffix(".jsonl") for path in histories)

@@ -1,16 +1,20 @@
-"""What the registry says of the model that lies here. Reads only, and without PyTorch, so that it answers soon."""
+"""The state of the registry, and of the evaluated model in it. Reads only, and without PyTorch: it answers soon."""
 
-import json
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.evaluation.report_schema import Identity, RobustnessReport
 from tasks.tracking import connection, errors
 from tasks.tracking.uri import tracking_uri
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
 
 class RegistryStatus(NamedTuple):
-    """A registered version, its aliases, and what the gate said of it."""
+    """A registered version, its aliases, and the gate's verdict on it."""
 
     version: int
     aliases: tuple[str, ...]
@@ -25,7 +29,7 @@ def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
     """Alias -> version of the registered model; empty if there is none. Raises UserError if MLflow does not answer."""
     database = tracking_uri(settings).removeprefix("sqlite:///")
     if database != tracking_uri(settings) and not (paths.root / database).exists():
-        return {}  # asking would make one
+        return {}  # a request would create one
     connection.configure(settings, paths)
     from mlflow import MlflowClient
 
@@ -35,40 +39,43 @@ def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
 
 
 def registry_status(settings: Settings, paths: Paths) -> RegistryStatus | None:
-    """How the evaluated model stands in the registry; None if it is not evaluated or not registered.
-
-    A version is this model if weights, data and evaluation are the same.
+    """The newest version of the evaluated model; None if it is not evaluated or not registered.
 
     Raises:
-        UserError: MLflow does not answer.
+        UserError: MLflow does not answer, or robustness.json cannot be read.
     """
     if not paths.robustness.is_file():
         return None
-    robustness = json.loads(paths.robustness.read_text(encoding="utf-8"))
-    identity = {
-        "weights_sha256": robustness["models"]["target"]["weights_sha256"],
-        "data_hash": robustness["data"]["hash"],
-        "evaluation_hash": robustness["settings_hash"],
-    }
-    held = aliases(settings, paths)
-    if not held:
+    identity = RobustnessReport.read(paths.robustness).identity
+    versions = aliases(settings, paths)
+    if not versions:
         return None
     from mlflow import MlflowClient
 
-    wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in identity.items())
     with errors.readable_errors():
-        found = MlflowClient().search_model_versions(f"name = '{settings.promote.model_name}' and {wanted}")
-        if not found:
+        newest = newest_version(MlflowClient(), settings.promote.model_name, identity)
+        if newest is None:
             return None
-        newest = max(found, key=lambda version: int(version.version))
-        assert newest.run_id is not None, "registry.register gives every version its run"
+        assert newest.run_id is not None, "versions.register gives every version its run"
         run = MlflowClient().get_run(newest.run_id)
     return RegistryStatus(
         version=int(newest.version),
-        aliases=tuple(sorted(alias for alias, version in held.items() if version == int(newest.version))),
+        aliases=tuple(sorted(alias for alias, version in versions.items() if version == int(newest.version))),
         gate=newest.tags.get("gate"),
         reasons=tuple(newest.tags.get("gate_reasons", "").splitlines()),
         settled=newest.tags.get("gate_settings") == settings.hash("promote"),
         experiment_id=run.info.experiment_id,
         run_id=run.info.run_id,
     )
+
+
+def newest_version(client: "MlflowClient", name: str, identity: Identity) -> "ModelVersion | None":
+    """The newest version of the registered model `name` whose tags carry this identity."""
+    tags = " and ".join(f"tags.{key} = '{value}'" for key, value in identity)
+    versions = client.search_model_versions(f"name = '{name}' and {tags}")
+    return max(versions, key=lambda version: int(version.version), default=None)
+
+
+def identity_of(version: "ModelVersion") -> Identity:
+    """The identity in the tags of a version; empty where it was not registered by `d2r`."""
+    return Identity(**{key: version.tags.get(key, "") for key in Identity.model_fields})

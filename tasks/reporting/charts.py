@@ -11,11 +11,15 @@ from typing import Literal, NamedTuple
 from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 318, 20, 196  # the plot's edges; names of the lines stand to the right of it
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 318, 20, 196  # the plot's edges; the lines' names are to the right of it
 _LINE_GAP = 13  # between two names
 _MAX_TICKS = 7
 _ROUND = [float(f"{digit}e{power}") for power in range(-9, 9) for digit in (1, 2, 5)]
 _DOUBLING = [2**power for power in range(8)]
+
+Ticks = Sequence[tuple[float, str]]  # values with their names
+Place = Callable[[float], float]  # value -> x or y
+Scale = tuple[Ticks, Place]
 
 
 class Series(NamedTuple):
@@ -32,7 +36,7 @@ class Axis(NamedTuple):
 
     title: str
     values: Sequence[float]  # ascending, at least one
-    ticks: Sequence[tuple[float, str]]
+    ticks: Ticks
     logarithmic: bool = False
 
     def place(self, value: float) -> float:
@@ -84,7 +88,7 @@ def curves(
         scale: "percent" for accuracies in [0, 1], drawn on the whole range from 0 to 100 %; "log" for losses (values
             that are not positive are left out).
         description: what the chart shows, for those who do not see it.
-        marked: a value of the axis and what is said of it; left out if the axis has no such value.
+        marked: a value of the axis and its label; left out if the axis has no such value.
     """
     ticks, y = (
         _percent_scale() if scale == "percent" else _log_scale([value for line in series for value in line.values])
@@ -93,17 +97,11 @@ def curves(
     def x(value: float) -> float:
         return _LEFT + (_RIGHT - _LEFT) * axis.place(value)
 
-    parts = [
-        Markup('<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>').format(_LEFT, _RIGHT, y=y(tick))
-        for tick, _ in ticks
-    ]
-    parts += [_text(_LEFT - 6, y(tick) + 4, name, "axis end") for tick, name in ticks]
-    parts += [_text(x(tick), _BOTTOM + 16, name, "axis middle") for tick, name in axis.ticks]
-    parts.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 31, axis.title, "axis middle"))
+    parts = _grid(axis, ticks, x, y)
     mark = marked[0] if marked and marked[0] in axis.values else None
     if marked and mark is not None:
         parts.append(
-            Markup('<line class="kept" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>').format(_TOP, _BOTTOM, x=x(mark))
+            Markup('<line class="marked" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>').format(_TOP, _BOTTOM, x=x(mark))
         )
         parts.append(_text(x(mark), _TOP - 7, marked[1], f"mark {'end' if axis.place(mark) > 0.5 else 'start'}"))
 
@@ -114,25 +112,9 @@ def curves(
             for place, value in zip(axis.values, line.values, strict=True)
             if math.isfinite(value) and (scale == "percent" or value > 0)
         ]
-        if not points:
-            continue
-        drawn.append((line, points[-1][1]))
-        if line.intervals:
-            bounds = [
-                (x(place), y(low), y(high))
-                for place, (low, high) in zip(axis.values, line.intervals, strict=True)
-                if math.isfinite(low)
-            ]
-            edge = [(px, high) for px, _, high in bounds] + [(px, low) for px, low, _ in reversed(bounds)]
-            parts.append(Markup('<polygon class="band {}" points="{}"/>').format(line.style, _path(edge)))
-        parts.append(
-            Markup('<polyline class="line {}" points="{}"/>').format(line.style, _path([p[:2] for p in points]))
-        )
-        parts += [
-            Markup('<circle class="point {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(line.style, px, py)
-            for px, py, place in points
-            if line.intervals or place == mark or len(points) == 1
-        ]
+        if points:
+            drawn.append((line, points[-1][1]))
+            parts += _line(axis, line, points, mark, x, y)
     heights = _spread([height for _, height in drawn])
     for (line, height), text_height in zip(drawn, heights, strict=True):
         parts.append(
@@ -144,6 +126,42 @@ def curves(
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, description, Markup("").join(parts)
     )
+
+
+def _grid(axis: Axis, ticks: Ticks, x: Place, y: Place) -> list[Markup]:
+    parts = [
+        Markup('<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>').format(_LEFT, _RIGHT, y=y(tick))
+        for tick, _ in ticks
+    ]
+    parts += [_text(_LEFT - 6, y(tick) + 4, name, "axis end") for tick, name in ticks]
+    parts += [_text(x(tick), _BOTTOM + 16, name, "axis middle") for tick, name in axis.ticks]
+    return [*parts, _text((_LEFT + _RIGHT) / 2, _BOTTOM + 31, axis.title, "axis middle")]
+
+
+def _line(
+    axis: Axis,
+    line: Series,
+    points: Sequence[tuple[float, float, float]],  # x, y, and the value of the axis
+    mark: float | None,
+    x: Place,
+    y: Place,
+) -> list[Markup]:
+    parts = []
+    if line.intervals:
+        bounds = [
+            (x(place), y(low), y(high))
+            for place, (low, high) in zip(axis.values, line.intervals, strict=True)
+            if math.isfinite(low)
+        ]
+        edge = [(px, high) for px, _, high in bounds] + [(px, low) for px, low, _ in reversed(bounds)]
+        parts.append(Markup('<polygon class="band {}" points="{}"/>').format(line.style, _path(edge)))
+    parts.append(Markup('<polyline class="line {}" points="{}"/>').format(line.style, _path([p[:2] for p in points])))
+    parts += [
+        Markup('<circle class="point {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(line.style, px, py)
+        for px, py, place in points
+        if line.intervals or place == mark or len(points) == 1
+    ]
+    return parts
 
 
 def strip(marks: Sequence[Mark]) -> Markup:
@@ -189,9 +207,6 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 def _text(x: float, y: float, text: str, style: str) -> Markup:
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(style, x, y, text)
-
-
-Scale = tuple[list[tuple[float, str]], Callable[[float], float]]  # ticks with their names, and value -> height
 
 
 def _percent_scale() -> Scale:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,57 +13,77 @@ from tasks.reporting.rendering import Pixels, picture
 MAGNIFIED = 10  # times: how large a perturbation is shown
 
 
+class Prediction(NamedTuple):
+    label: str
+    correct: bool
+
+
+class AttackedImage(NamedTuple):
+    """One image as one model sees it."""
+
+    model: str
+    adversarial: str  # data URIs
+    perturbation: str
+    before: Prediction  # on the clean image
+    after: Prediction  # on the adversarial one
+    records: list[dict[str, Any]]  # of examples.parquet, one per attack: attack, margin, `predicted` (Prediction)
+
+
+class GalleryRow(NamedTuple):
+    number: int  # in the test split
+    label: str
+    clean: str  # data URI
+    smallest_eps: float | None  # at which it is misclassified; None: at none that was tried
+    attacked: list[AttackedImage]
+
+
 def rows(
     tensors: Mapping[str, npt.NDArray[Any]], examples: pd.DataFrame, classes: Sequence[str], count: int
-) -> list[dict[str, Any]]:
+) -> list[GalleryRow]:
     """The first `count` images, in their order.
 
     Args:
         tensors: gallery.safetensors.
-        examples: examples.parquet; each image says how it fared under every attack it was given to.
-
-    Returns:
-        For each image: `index` in the test split, `label`, `clean` (data URI), `smallest_eps` (None: it falls at none),
-        and `attacked`: of each model its name, `adversarial` and `perturbation` (data URIs), the predictions `before`
-        and `after`, and `records` (attack, prediction, margin).
+        examples: examples.parquet; it has a row for each attack on an image.
     """
     models = [model for model in ("target", "guidance") if f"{model}_adversarial" in tensors]
-    told: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    records: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in examples[examples["index"].isin(tensors["index"][:count])].to_dict("records"):
-        told.setdefault((record["model"], record["index"]), []).append({str(key): said for key, said in record.items()})
-
-    def said(prediction: int, label: int) -> dict[str, Any]:
-        return {"label": classes[prediction], "right": bool(prediction == label)}
-
-    shown = []
-    for i, (index, label) in enumerate(zip(tensors["index"][:count], tensors["labels"][:count], strict=True)):
-        clean, smallest = tensors["clean"][i], float(tensors["smallest_eps"][i])
-        attacked = []
-        for model in models:
-            adversarial = tensors[f"{model}_adversarial"][i]
-            perturbation = adversarial - clean.astype(np.float32) / 255
-            attacked.append(
-                {
-                    "model": model,
-                    "adversarial": picture(_grey_levels(adversarial), "PNG"),
-                    "perturbation": picture(_grey_levels(0.5 + MAGNIFIED * perturbation), "PNG"),
-                    "before": said(tensors[f"{model}_clean_prediction"][i], label),
-                    "after": said(tensors[f"{model}_adversarial_prediction"][i], label),
-                    "records": [
-                        {**record, **said(record["prediction"], record["label"])} for record in told[model, int(index)]
-                    ],
-                }
+        predicted = _prediction(record["prediction"], record["label"], classes)
+        by_name = {str(key): value for key, value in record.items()}
+        records.setdefault((record["model"], record["index"]), []).append({**by_name, "predicted": predicted})
+    gallery = []
+    for i, (number, label) in enumerate(zip(tensors["index"][:count], tensors["labels"][:count], strict=True)):
+        smallest = float(tensors["smallest_eps"][i])
+        gallery.append(
+            GalleryRow(
+                number=int(number),
+                label=classes[label],
+                clean=picture(tensors["clean"][i], "PNG"),
+                smallest_eps=smallest if math.isfinite(smallest) else None,
+                attacked=[_attacked(tensors, i, model, classes, records[model, int(number)]) for model in models],
             )
-        shown.append(
-            {
-                "index": int(index),
-                "label": classes[label],
-                "clean": picture(clean, "PNG"),
-                "smallest_eps": smallest if math.isfinite(smallest) else None,
-                "attacked": attacked,
-            }
         )
-    return shown
+    return gallery
+
+
+def _attacked(
+    tensors: Mapping[str, npt.NDArray[Any]], i: int, model: str, classes: Sequence[str], records: list[dict[str, Any]]
+) -> AttackedImage:
+    adversarial, label = tensors[f"{model}_adversarial"][i], tensors["labels"][i]
+    perturbation = adversarial - tensors["clean"][i].astype(np.float32) / 255
+    return AttackedImage(
+        model=model,
+        adversarial=picture(_grey_levels(adversarial), "PNG"),
+        perturbation=picture(_grey_levels(0.5 + MAGNIFIED * perturbation), "PNG"),
+        before=_prediction(tensors[f"{model}_clean_prediction"][i], label, classes),
+        after=_prediction(tensors[f"{model}_adversarial_prediction"][i], label, classes),
+        records=records,
+    )
+
+
+def _prediction(prediction: int, label: int, classes: Sequence[str]) -> Prediction:
+    return Prediction(classes[prediction], bool(prediction == label))
 
 
 def _grey_levels(image: npt.NDArray[np.float32]) -> Pixels:

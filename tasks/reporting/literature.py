@@ -1,4 +1,4 @@
-"""Results that others have published, to stand beside our own: Linf, without extra or generated training data."""
+"""Results that others have published, to show beside our own: Linf, without extra or generated training data."""
 
 from typing import NamedTuple
 
@@ -45,7 +45,9 @@ _RESULTS = (
 )
 
 
-def of(data: str, image_size: int, norm: str, eps: float) -> list[Result]:
-    """What is published on these data at their own size and about this eps, the highest AutoAttack figure first."""
-    same = norm == "Linf" and image_size == _IMAGE_SIZES.get(data) and abs(eps - _LEVELS) < _ABOUT
-    return sorted((result for result in _RESULTS if same and result.data == data), key=lambda found: -found.autoattack)
+def find_published(data: str, image_size: int, norm: str, eps: float) -> list[Result]:
+    """The results published on these data at their own size and about this eps, highest AutoAttack figure first."""
+    if norm != "Linf" or image_size != _IMAGE_SIZES.get(data) or abs(eps - _LEVELS) >= _ABOUT:
+        return []
+    results = [result for result in _RESULTS if result.data == data]
+    return sorted(results, key=lambda result: -result.autoattack)

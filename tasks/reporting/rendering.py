@@ -74,20 +74,25 @@ def distance(eps: float) -> str:
     return f"{eps:.4g}{fraction}"
 
 
-def value(found: object) -> str:
-    """What a data check observed or allows, for people."""
-    match found:
+def value(setting: object) -> str:
+    """A setting or a metadata value, for people."""
+    match setting:
         case None | []:
             return _NOTHING
         case bool():
-            return "yes" if found else "no"
+            return "yes" if setting else "no"
         case float():
-            return f"{found:.4g}"
+            return f"{setting:.4g}"
         case dict():
-            return ", ".join(f"{key}: {value(part)}" for key, part in found.items())
+            return ", ".join(f"{key}: {value(part)}" for key, part in setting.items())
         case list():
-            return ", ".join(value(part) for part in found)
-    return str(found)
+            return ", ".join(value(part) for part in setting)
+    return str(setting)
+
+
+def norm_symbol(norm: str) -> str:
+    """The name of a norm as it is printed: "L∞", "L2"."""
+    return norm.replace("inf", "∞")
 
 
 def name(architecture: Mapping[str, Any]) -> str:
@@ -103,7 +108,7 @@ def name(architecture: Mapping[str, Any]) -> str:
     return {"resnet18": "ResNet-18"}.get(architecture["name"], str(architecture["name"]))
 
 
-def method(found: Method) -> str:
+def method(settings: Method) -> str:
     """A training method and its weights: "D2R + CAG (clean_weight 20, adv_weight 30)"."""
     names = {
         "d2r": "D2R + CAG",
@@ -112,10 +117,10 @@ def method(found: Method) -> str:
         "at": "PGD adversarial training",
         "standard": "standard training",
     }
-    options = ", ".join(f"{key} {value(found)}" for key, found in found if key != "name")
-    return f"{names[found.name]} ({options})" if options else names[found.name]
+    options = ", ".join(f"{key} {value(option)}" for key, option in settings if key != "name")
+    return f"{names[settings.name]} ({options})" if options else names[settings.name]
 
 
 def markdown(text: object) -> Markup:
-    """Text as it is, wherever it stands in Markdown: neither HTML nor Markdown in it is interpreted."""
+    """Text as it is, for any place in Markdown: neither HTML nor Markdown in it is interpreted."""
     return Markup(re.sub(r"([\\`*_\[\]|~!#])", r"\\\1", str(escape(" ".join(str(text).split())))))

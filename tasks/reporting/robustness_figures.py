@@ -1,14 +1,22 @@
-"""What the report says of robustness.json, in rows and charts: attacks, self-checks, curves, classes, confusions."""
+"""The report's view of robustness.json, in rows and charts: attacks, self-checks, curves, classes, confusions."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from tasks.evaluation.report_schema import (
+    Accuracy,
+    AttackComparison,
+    AttackFigures,
+    ChampionComparison,
+    RobustnessReport,
+    SelfCheck,
+)
 from tasks.reporting import charts
-from tasks.reporting.charts import Mark, Series
-from tasks.reporting.rendering import distance, interval, percent
+from tasks.reporting.charts import Axis, Mark, Series
+from tasks.reporting.rendering import distance, norm_symbol, percent
 
 MODELS = ("target", "guidance")
 # The attacks in the order of the report's rows, each with what a reader must know about it.
@@ -17,20 +25,21 @@ ATTACKS = {
     "fgsm": "one signed gradient step",
     "pgd": "projected gradient descent on the cross-entropy, from a random start",
     "cw": "the same on the margin of the logits",
-    "autoattack": "each stage attacks what the one before left standing",
-    "worst": "right only if right in every row that stands on all test images",
+    "autoattack": "each attack runs on the images that are robust to the ones before it",
+    "worst": "correct only if correct in every row that covers all test images",
 }
-# What each self-check asks, for those who have no more than this page.
+# The reasoning behind each self-check, for those who have no more than this page.
 CHECKS = {
     "more_steps": "Where the gradients lead to errors, a longer search finds at least what a shorter one does.",
-    "large_eps": "Within a large enough distance lies an image of another class; what still stands was not searched.",
-    "black_box": "Square asks for answers alone; if it beats PGD, the gradients that PGD follows are misleading.",
+    "large_eps": "Within a large enough distance lies an image of another class; if an image is robust even there, "
+    "the attack missed it.",
+    "black_box": "Square uses the outputs alone; if it beats PGD, the gradients that PGD follows are misleading.",
     "transfer": "Images made against another model must not fool this one better than its own gradients do.",
     "losses": "If one of the two losses fools far more images, the other one's gradients were bent or scaled away.",
     "gradients": "Where the loss is flat or not a number, every attack that follows gradients is blind.",
     "noise": "A random step of the same size is a feeble attack; if it beats a small PGD, then PGD is broken.",
-    "logits": "Of probabilities or saturated scores the gradients vanish, and robustness is only apparent.",
-    "eval_mode": "Answers that change from call to call make a moving target, not a robust model.",
+    "logits": "The gradients of probabilities or saturated scores vanish, and robustness is only apparent.",
+    "eval_mode": "Outputs that change from call to call make a moving target, not a robust model.",
     "perturbation": "Re-measured in double precision from the saved images: no attack has cheated.",
 }
 _STYLES = {"target": "target", "guidance": "guidance dashed"}
@@ -38,156 +47,220 @@ _MATRIX = 20  # classes; of more than these, the most frequent confusions are li
 _FREQUENT = (8, 20)  # confusions listed beside the matrix, and without it
 
 
-def attacks(robustness: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per attack: its figures by model, their plot, and `everywhere`: whether it met all test images."""
-    figures = {name: found["attacks"] for name, found in robustness["models"].items()}
+class AttackRow(NamedTuple):
+    key: str
+    note: str
+    figures: dict[str, AttackFigures]  # by model
+    everywhere: bool  # whether it ran on all test images
+    plot: Markup
+
+    @property
+    def target(self) -> AttackFigures:
+        return self.figures["target"]
+
+
+class CheckRow(NamedTuple):
+    reasoning: str
+    results: dict[str, SelfCheck]  # by model
+
+    @property
+    def target(self) -> SelfCheck:
+        return self.results["target"]
+
+
+class CurveRow(NamedTuple):
+    text: str  # the place on the axis
+    points: dict[str, Accuracy]  # by model
+
+
+class Curve(NamedTuple):
+    key: str  # "eps" or "steps"
+    images: int
+    chart: Markup
+    rows: list[CurveRow]
+
+
+class ClassRow(NamedTuple):
+    label: str
+    images: int  # in the test split
+    clean: float | None  # accuracies of the target; None without an image
+    pgd: float | None
+    worst: float | None
+    plot: Markup
+
+
+class Cell(NamedTuple):
+    """Images of one label that got one prediction."""
+
+    label: str
+    prediction: str
+    images: int
+    share: float  # of the label's images
+
+    @property
+    def correct(self) -> bool:
+        return self.label == self.prediction
+
+
+class Confusion(NamedTuple):
+    attack: AttackFigures
+    matrix: list[list[Cell]]  # a row a label; empty if there are too many classes
+    frequent: list[Cell]  # the most frequent wrong ones
+
+
+class SummaryItem(NamedTuple):
+    key: str
+    figures: AttackFigures
+    plot: Markup
+
+
+class Difference(NamedTuple):
+    key: str
+    compared: AttackComparison
+    plot: Markup
+
+
+def attacks(report: RobustnessReport) -> list[AttackRow]:
+    """One row per attack: its figures by model, and their plot."""
+    figures = {name: model.attacks for name, model in report.models.items()}
     keys = [key for key in ATTACKS if key in figures["target"]]
-    assert all(set(keys) == set(found) for found in figures.values()), "an attack that ATTACKS does not describe"
+    assert all(set(keys) == set(by_attack) for by_attack in figures.values()), "ATTACKS does not describe an attack"
     return [
-        {
-            "key": key,
-            "note": ATTACKS[key],
-            **figures["target"][key],
-            "everywhere": figures["target"][key]["images"] == robustness["data"]["test_images"],
-            "figures": {name: found[key] for name, found in figures.items()},
-            "plot": charts.strip(
+        AttackRow(
+            key=key,
+            note=ATTACKS[key],
+            figures={name: by_attack[key] for name, by_attack in figures.items()},
+            everywhere=figures["target"][key].images == report.data.test_images,
+            plot=charts.strip(
                 [
-                    Mark("dot" if name == "target" else "ring", name, found[key]["accuracy"], found[key]["interval"])
-                    for name, found in sorted(figures.items())
+                    Mark("dot" if name == "target" else "ring", name, by_attack[key].accuracy, by_attack[key].interval)
+                    for name, by_attack in sorted(figures.items())
                 ]
             ),
-        }
+        )
         for key in keys
     ]
 
 
-def checks(robustness: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Counter[bool | None]]]:
-    """Every self-check with what it found of each model; and how many each model passed, failed, was not asked."""
-    models = robustness["models"]
+def checks(report: RobustnessReport) -> tuple[list[CheckRow], dict[str, Counter[bool | None]]]:
+    """Every self-check with its result for each model; and how many each model passed, failed or skipped."""
     rows = [
-        {**check, "asks": CHECKS[check["key"]], "results": {name: found["checks"][i] for name, found in models.items()}}
-        for i, check in enumerate(models["target"]["checks"])
+        CheckRow(CHECKS[check.key], {name: model.checks[i] for name, model in report.models.items()})
+        for i, check in enumerate(report.target.checks)
     ]
-    return rows, {name: Counter(check["passed"] for check in found["checks"]) for name, found in models.items()}
+    return rows, {name: Counter(check.passed for check in model.checks) for name, model in report.models.items()}
 
 
-def curves(robustness: Mapping[str, Any]) -> list[dict[str, Any]]:
+def curves(report: RobustnessReport) -> list[Curve]:
     """Robust accuracy against eps and against the number of steps: the chart, and its figures as rows."""
-    norm, pgd = robustness["norm"].replace("inf", "∞"), robustness["models"]["target"]["attacks"]["pgd"]
+    pgd = report.target.attacks["pgd"]
+    assert pgd.steps is not None
+    models = {name: report.models[name].curves for name in MODELS if name in report.models}
+    against_eps = {name: {point.eps: point for point in model.eps} for name, model in models.items()}
+    against_steps = {name: {point.steps: point for point in model.steps} for name, model in models.items()}
+    radii = sorted(set().union(*against_eps.values()))
+    numbers = sorted(set().union(*against_steps.values()))
     return [
-        _curve(robustness, "eps", norm, (pgd["eps"], f"the attacks above: {pgd['eps']:.4g}")),
-        _curve(robustness, "steps", norm, (pgd["steps"], f"the attacks above: {pgd['steps']}")),
-    ]
-
-
-def _curve(robustness: Mapping[str, Any], key: str, norm: str, marked: tuple[float, str]) -> dict[str, Any]:
-    measured = {
-        name: {point[key]: point for point in robustness["models"][name]["curves"][key]}
-        for name in MODELS
-        if name in robustness["models"]
-    }
-    places = sorted(set().union(*measured.values()))
-    # A curve against eps ends where nothing stands, and nothing does at any larger eps.
-    found = {name: [points.get(place, points[max(points)]) for place in places] for name, points in measured.items()}
-    series = [
-        Series(name, _STYLES[name], [p["accuracy"] for p in points], [p["interval"] for p in points])
-        for name, points in found.items()
-    ]
-    said = "; ".join(
-        f"{name}: " + ", ".join(f"{percent(p['accuracy'])} at {place:.4g}" for place, p in points.items())
-        for name, points in measured.items()
-    )
-    axis = charts.radii(places, norm) if key == "eps" else charts.steps(places)
-    return {
-        "key": key,
-        "images": next(iter(measured["target"].values()))["images"],
-        "chart": charts.curves(
-            axis,
-            series,
-            scale="percent",
-            description=f"Accuracy under PGD against {axis.title}. {said}.",
-            marked=marked,
+        _curve(
+            "eps",
+            charts.radii(radii, norm_symbol(report.norm)),
+            [distance(radius) for radius in radii],
+            against_eps,
+            marked=(pgd.eps, f"the attacks above: {pgd.eps:.4g}"),
         ),
-        "rows": [
-            {
-                "place": place,
-                "text": distance(place) if key == "eps" else str(place),
-                "points": {name: points[i] for name, points in found.items()},
-            }
-            for i, place in enumerate(places)
-        ],
+        _curve(
+            "steps",
+            charts.steps(numbers),
+            [str(number) for number in numbers],
+            against_steps,
+            marked=(pgd.steps, f"the attacks above: {pgd.steps}"),
+        ),
+    ]
+
+
+def _curve(
+    key: str,
+    axis: Axis,
+    texts: Sequence[str],
+    models: Mapping[str, Mapping[Any, Accuracy]],
+    *,
+    marked: tuple[float, str],
+) -> Curve:
+    """`models` has each model's accuracies by the value of the axis; `texts` the axis's values for people."""
+    # A curve against eps ends where no image is robust, and none is at any larger eps.
+    complete = {
+        name: [points.get(value, points[max(points)]) for value in axis.values] for name, points in models.items()
     }
+    series = [
+        Series(name, _STYLES[name], [point.accuracy for point in points], [point.interval for point in points])
+        for name, points in complete.items()
+    ]
+    figures = "; ".join(
+        f"{name}: " + ", ".join(f"{percent(point.accuracy)} at {value:.4g}" for value, point in points.items())
+        for name, points in models.items()
+    )
+    description = f"Accuracy under PGD against {axis.title}. {figures}."
+    return Curve(
+        key=key,
+        images=next(iter(models["target"].values())).images,
+        chart=charts.curves(axis, series, scale="percent", description=description, marked=marked),
+        rows=[CurveRow(text, {name: points[i] for name, points in complete.items()}) for i, text in enumerate(texts)],
+    )
 
 
-def per_class(robustness: Mapping[str, Any], images: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per class: its name, its test images, and the target's accuracies.
+def per_class(report: RobustnessReport, images: Sequence[int]) -> list[ClassRow]:
+    """One row per class, with the target's accuracies.
 
     Args:
         images: test images of each class.
     """
-    figures = robustness["models"]["target"]["attacks"]
+    figures = report.target.attacks
     rows = []
-    for index, (label, count) in enumerate(zip(robustness["data"]["classes"], images, strict=True)):
-        shares = {key: figures[key]["per_class"][index] for key in ("clean", "pgd", "worst")}
-        marks = [
-            Mark("bar", "clean", shares["clean"]),
-            Mark("bar", "worst", shares["worst"]),
-            Mark("tick", "pgd", shares["pgd"]),
-        ]
-        rows.append({"label": label, "images": count, **shares, "plot": charts.strip(marks)})
+    for index, (label, count) in enumerate(zip(report.data.classes, images, strict=True)):
+        clean, pgd, worst = (figures[key].per_class[index] for key in ("clean", "pgd", "worst"))
+        marks = [Mark("bar", "clean", clean), Mark("bar", "worst", worst), Mark("tick", "pgd", pgd)]
+        rows.append(ClassRow(label, count, clean, pgd, worst, charts.strip(marks)))
     return rows
 
 
-def confusion(robustness: Mapping[str, Any]) -> dict[str, Any]:
-    """What the target says under attack.
-
-    Returns:
-        `attack`, `matrix` (rows of label and cells, each with count, share of its row, and whether it is right; empty
-        if there are too many classes) and `frequent` (the most frequent confusions: label, prediction, count, share).
-    """
-    target, classes = robustness["models"]["target"], robustness["data"]["classes"]
-    counts = target["confusion"]["counts"]
-    rows = [
-        {
-            "label": classes[label],
-            "cells": [
-                {"count": count, "share": count / max(1, sum(row)), "right": prediction == label}
-                for prediction, count in enumerate(row)
-            ],
-        }
-        for label, row in enumerate(counts)
+def confusion(report: RobustnessReport) -> Confusion:
+    """The target's predictions under attack."""
+    recorded, classes = report.target.confusion, report.data.classes
+    matrix = [
+        [
+            Cell(label, prediction, images, images / max(1, sum(counts)))
+            for prediction, images in zip(classes, counts, strict=True)
+        ]
+        for label, counts in zip(classes, recorded.counts, strict=True)
     ]
-    wrong = [
-        {"label": row["label"], "prediction": classes[prediction], **cell}
-        for row in rows
-        for prediction, cell in enumerate(row["cells"])
-        if cell["count"] and not cell["right"]
-    ]
+    wrong = [cell for row in matrix for cell in row if cell.images and not cell.correct]
     few = len(classes) <= _MATRIX
-    return {
-        "attack": target["attacks"][target["confusion"]["attack"]],
-        "matrix": rows if few else [],
-        "frequent": sorted(wrong, key=lambda cell: -cell["count"])[: _FREQUENT[0 if few else 1]],
-    }
+    return Confusion(
+        attack=report.target.attacks[recorded.attack],
+        matrix=matrix if few else [],
+        frequent=sorted(wrong, key=lambda cell: -cell.images)[: _FREQUENT[0 if few else 1]],
+    )
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The target's few figures that say most, each with its interval."""
+def summary(rows: Sequence[AttackRow]) -> list[SummaryItem]:
+    """The target's most important figures."""
     return [
-        {
-            **row,
-            "plot": charts.strip([Mark("dot", "target", row["accuracy"], row["interval"])]),
-            "said": f"{percent(row['accuracy'])} ({interval(row['interval'])})",
-        }
+        SummaryItem(
+            row.key,
+            row.target,
+            charts.strip([Mark("dot", "target", row.target.accuracy, row.target.interval)]),
+        )
         for row in rows
-        if row["key"] in ("clean", "pgd", "autoattack", "worst")
+        if row.key in ("clean", "pgd", "autoattack", "worst")
     ]
 
 
-def differences(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+def differences(comparison: ChampionComparison) -> list[Difference]:
     """One row per attack that both models met on the same images, with a plot of the difference."""
-    found = [{"key": key, **comparison["attacks"][key]} for key in ATTACKS if key in comparison["attacks"]]
-    reach = max((abs(bound) for row in found for bound in row["interval"]), default=0.0) or 1.0
+    compared = comparison.attacks or {}
+    rows = [(key, compared[key]) for key in ATTACKS if key in compared]
+    reach = max((abs(bound) for _, attack in rows for bound in attack.interval), default=0.0) or 1.0
     return [
-        {**row, "plot": Markup(charts.difference(row["difference"], row["interval"], 1.1 * reach))} for row in found
+        Difference(key, attack, charts.difference(attack.difference, attack.interval, 1.1 * reach))
+        for key, attack in rows
     ]

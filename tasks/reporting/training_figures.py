@@ -35,7 +35,7 @@ def guidance(history: pd.DataFrame, metadata: Mapping[str, Any]) -> list[Markup]
         scale="percent",
         description=f"Accuracy of the guidance model over {len(history)} epochs: at the end "
         f"{percent(last['batch_accuracy'])} in training and {percent(last['accuracy'])} on the validation split.",
-        marked=_kept(metadata),
+        marked=_best_checkpoint(metadata),
     )
     loss = charts.curves(
         axis,
@@ -47,9 +47,9 @@ def guidance(history: pd.DataFrame, metadata: Mapping[str, Any]) -> list[Markup]
 
 
 def target(history: pd.DataFrame, metadata: Mapping[str, Any]) -> list[Markup]:
-    """Validation accuracies with the kept epoch, and the terms of the loss."""
+    """Validation accuracies with the epoch of the best checkpoint, and the terms of the loss."""
     axis = charts.epochs(history["epoch"].tolist())
-    kept, last = metadata["metrics"], history.iloc[-1]
+    best, last = metadata["metrics"], history.iloc[-1]
     accuracy = charts.curves(
         axis,
         [
@@ -57,9 +57,10 @@ def target(history: pd.DataFrame, metadata: Mapping[str, Any]) -> list[Markup]:
             Series("robust", "target", history["robust_accuracy"].tolist()),
         ],
         scale="percent",
-        description=f"Validation accuracy of the target model over {len(history)} epochs; epoch {kept['epoch']} was "
-        f"kept, with {percent(kept['clean_accuracy'])} clean and {percent(kept['robust_accuracy'])} robust.",
-        marked=_kept(metadata),
+        description=f"Validation accuracy of the target model over {len(history)} epochs; the best checkpoint is of "
+        f"epoch {best['epoch']}, with {percent(best['clean_accuracy'])} clean and {percent(best['robust_accuracy'])} "
+        "robust.",
+        marked=_best_checkpoint(metadata),
     )
     styles = {term: style for term, style in _TERMS.items() if term in history}
     loss = charts.curves(
@@ -73,6 +74,6 @@ def target(history: pd.DataFrame, metadata: Mapping[str, Any]) -> list[Markup]:
     return [accuracy, loss]
 
 
-def _kept(metadata: Mapping[str, Any]) -> tuple[int, str] | None:
+def _best_checkpoint(metadata: Mapping[str, Any]) -> tuple[int, str] | None:
     epoch = metadata["metrics"].get("epoch")
-    return None if epoch is None else (epoch, f"kept: epoch {epoch}")
+    return None if epoch is None else (epoch, f"best checkpoint: epoch {epoch}")

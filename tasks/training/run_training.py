@@ -19,20 +19,11 @@ from d2r_core.training import trainer
 from d2r_core.training.methods import Objective
 from tasks.config.paths import Paths
 from tasks.config.settings import Optimisation, Settings, Train
+from tasks.config.stage_code import stage_code
 from tasks.data.manifest import read_manifest
 from tasks.tracking import runs
 from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import Progress
-
-# The code that can change a training's result.
-_ROOMS = (
-    "d2r_core/attacks",
-    "d2r_core/models",
-    "d2r_core/training",
-    "d2r_core/data.py",
-    "d2r_core/distributed.py",
-    "d2r_core/runtime.py",
-)
 
 
 def fit_and_save(
@@ -61,7 +52,7 @@ def fit_and_save(
     manifest = read_manifest(paths)
     device = runtime.device(settings.runtime.device)
     described = {**architecture, "num_classes": len(manifest["classes"]), "image_size": manifest["image_size"]}
-    state_folder = paths.state / _key(settings, section, seed, manifest["hash"], inputs)
+    state_folder = paths.state / _key(settings, stage, section, seed, manifest["hash"], inputs)
     options = _options(section) if isinstance(section, Train) else {}
     runtime.set_precision(settings.runtime.precision)
     with distributed.process_group(device):
@@ -135,8 +126,8 @@ def _options(section: Train) -> dict[str, Any]:
     }
 
 
-def _key(settings: Settings, section: Optimisation, seed: int, data_hash: str, inputs: str) -> str:
+def _key(settings: Settings, stage: str, section: Optimisation, seed: int, data_hash: str, inputs: str) -> str:
     """Names everything that a training depends on: a state of other settings, data or code is never continued."""
-    code = files.code_fingerprint(*_ROOMS)
+    code = files.code_fingerprint(*stage_code(stage))
     parts = [section.model_dump(mode="json"), seed, data_hash, inputs, settings.runtime.precision, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

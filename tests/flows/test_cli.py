@@ -1,6 +1,5 @@
 """`d2r` as a person meets it: help, stages, presets, status, errors, Ctrl-C."""
 
-import json
 import os
 import pty
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import robustness_json
 import scratch_project as scratch
 from typer.testing import CliRunner
 
@@ -277,7 +277,7 @@ def test_a_second_run_starts_no_flow(
     assert said.output.startswith("Everything is up to date.") is up_to_date
     for expected in (
         *("Accuracy under attack (L2)", "PGD-20", "10 of 40", "12.5% [5.0, 25.0]", "version 3 @challenger"),
-        "self-checks failed: A large eps fools every image; not asked: Square",
+        "self-checks failed: A large eps fools every image; skipped: Square",
         *("Too weak.", "mlflow ui --backend-store"),
     ):
         assert expected in said.output
@@ -290,16 +290,12 @@ def robustness() -> Callable[[Path], None]:
     def write(project: Path) -> None:
         attacks = {"clean": ("clean", 40), "pgd": ("PGD-20", 40), "autoattack": ("AutoAttack", 10)}
         figures = {
-            key: {"name": name, "accuracy": 0.125, "interval": [0.05, 0.25], "eps": 0.1, "images": images}
+            key: robustness_json.figures(name, 0.125, images, interval=[0.05, 0.25])
             for key, (name, images) in attacks.items()
         }
-        answers = {"More steps are never weaker": True, "A large eps fools every image": False, "Square": None}
-        checks = [{"name": name, "passed": passed} for name, passed in answers.items()]
-        found = {"attacks": figures, "checks": checks}
-        models = {model: {"weights_sha256": model, **found} for model in ("guidance", "target")}
-        about = {"data": {"hash": "data", "test_images": 40}, "settings_hash": "evaluation", "norm": "L2"}
-        content = {**about, "models": models}
-        (project / "reports").mkdir()
-        (project / "reports/robustness.json").write_text(json.dumps(content))
+        results = {"More steps are never weaker": True, "A large eps fools every image": False, "Square": None}
+        checks = tuple({"key": name, "name": name, "passed": passed, "found": ""} for name, passed in results.items())
+        models = {name: robustness_json.model(name, figures, checks) for name in ("guidance", "target")}
+        robustness_json.write(project / "reports/robustness.json", robustness_json.content(models, norm="L2"))
 
     return write

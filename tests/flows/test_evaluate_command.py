@@ -21,6 +21,7 @@ from d2r_core.errors import UserError
 from flows.cli import app
 from tasks.config.settings import Settings
 from tasks.data import evaluation_images
+from tasks.evaluation.report_schema import AttackFigures, RobustnessReport
 
 ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
 OPTIONS = ["--architecture", "wide_resnet", "--depth", "10", "--widen-factor", "1"]
@@ -40,8 +41,8 @@ def evaluate(*arguments: str, data: str = "ten.safetensors") -> Any:
     return CliRunner().invoke(app, ["evaluate", "--data", data, "--classes", "10", *arguments])
 
 
-def attacks(out: str) -> Any:
-    return json.loads(Path(out, "robustness.json").read_text())["models"]["target"]["attacks"]
+def attacks(out: str) -> dict[str, AttackFigures]:
+    return RobustnessReport.read(Path(out, "robustness.json")).target.attacks
 
 
 def test_a_published_checkpoint_and_our_own_give_the_same_figures(folder: Path) -> None:
@@ -58,8 +59,8 @@ def test_a_published_checkpoint_and_our_own_give_the_same_figures(folder: Path) 
     assert theirs.exit_code == 0, theirs.exception
     assert attacks("a") == attacks("b")
     pgd = attacks("a")["pgd"]
-    assert (pgd["eps"], pgd["steps"], pgd["images"]) == (0.2, 3, 10)
-    assert pgd["step_size"] == pytest.approx(0.05 * 0.2 / digits.EPS)
+    assert (pgd.eps, pgd.steps, pgd.images) == (0.2, 3, 10)
+    assert pgd.step_size == pytest.approx(0.05 * 0.2 / digits.EPS)
     outcome = evaluation.run(digits.model(), digits.unseen(10), evaluation.clean(), batch_size=10, seed=0)
     rows = pd.read_parquet("a/examples.parquet")
     assert rows[rows["attack"] == "clean"]["prediction"].tolist() == outcome.predictions.tolist()
@@ -94,7 +95,7 @@ def save_wrong_files() -> None:
         (["models:/digits", *OPTIONS], r"models:/digits: write models:/NAME@champion"),
     ],
 )
-def test_what_is_wrong_is_said(arguments: list[str], message: str) -> None:
+def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
     save_wrong_files()
     refused = evaluate("--checkpoint", *arguments)
     assert isinstance(refused.exception, UserError), refused.exception
@@ -110,12 +111,12 @@ def test_data_may_be_raw_images_of_a_test_split_alone(folder: Path) -> None:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save("image.png")
             packed.write("image.png", f"test/{label}/{number:03}.png")
     settings: Any = None  # of no use to an image folder
-    found = evaluation_images.load(folder / "raw.zip", settings, "image_folder")
-    assert found.classes == [str(label) for label in range(10)]
+    heldout = evaluation_images.load(folder / "raw.zip", settings, "image_folder")
+    assert heldout.classes == [str(label) for label in range(10)]
     order = digits.unseen(30).labels.argsort(stable=True)
     expected = digits.unseen(30).take(order)
-    assert torch.equal(found.split.labels, expected.labels)
-    assert torch.equal(found.split.images, expected.images)
+    assert torch.equal(heldout.split.labels, expected.labels)
+    assert torch.equal(heldout.split.images, expected.images)
     refused = evaluate("--checkpoint", "right.pt", *OPTIONS, data="raw.zip")
     assert "For raw images say what they are: --source image_folder" in str(refused.exception)
 

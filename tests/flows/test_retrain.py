@@ -1,6 +1,5 @@
 """The flow `retrain` on a project of small stages, on a Prefect server of the tests' own; the gate is played."""
 
-import json
 import logging
 import shutil
 import time
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import robustness_json
 import scratch_project as scratch
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -27,8 +27,8 @@ from flows.promotion import PromotionResult
 from tasks import prefect_tasks
 from tasks.pipeline import dvc
 from tasks.registry import champion_comparison
+from tasks.registry.gate import Verdict
 from tasks.registry.status import RegistryStatus
-from tasks.registry.versions import Verdict
 from tasks.tracking.errors import UnavailableError
 
 
@@ -51,10 +51,10 @@ def project(prefect_server: None, template: Path, tmp_path: Path, monkeypatch: p
     registered = RegistryStatus(3, ("challenger",), "passed", (), False, "7", "abc")
     monkeypatch.setattr(module, "registry_status", lambda settings, paths: registered)
     judge(monkeypatch, passed=True)
-    figures = {"clean": {"name": "clean", "accuracy": 0.975, "interval": [0.871, 0.996], "eps": 0.0, "images": 40}}
-    models = {model: {"attacks": figures, "checks": [{"passed": True}]} for model in ("guidance", "target")}
-    (folder / "reports").mkdir()
-    (folder / "reports/robustness.json").write_text(json.dumps({"data": {"test_images": 40}, "models": models}))
+    figures = {"clean": robustness_json.figures("clean", 0.975, 40, eps=0.0, interval=[0.871, 0.996])}
+    passed = {"key": "logits", "name": "The outputs are logits", "passed": True, "found": ""}
+    models = {name: robustness_json.model(name, figures, (passed,)) for name in ("guidance", "target")}
+    robustness_json.write(folder / "reports/robustness.json", robustness_json.content(models))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The target beside the champion, whose answers come out of a real sqlite store."""
+"""The target beside the champion, whose predictions come out of a real sqlite store."""
 
 import json
 import socket
@@ -10,56 +10,47 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import robustness_json
 import torch
+from registry_project import NAME, copy_store
 
 from d2r_core.evaluation.statistics import paired_bootstrap
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.evaluation.report_schema import VERSION
 from tasks.registry import champion_comparison, versions
 from tasks.tracking import connection, errors
 
 IMAGES = 40
-NAME = "digits"
 ATTACKS = {"clean": ("clean", IMAGES), "pgd": ("PGD-2", IMAGES), "autoattack": ("APGD-CE (quick)", 10)}
-RIGHT = {"clean": 36, "pgd": 20, "autoattack": 6}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the database, which every test uses under a model name of its own."""
-    return tmp_path_factory.mktemp("store")
+CORRECT = {"clean": 36, "pgd": 20, "autoattack": 6}
 
 
 class Project:
-    """A checkout with a target's answers; its registry is real."""
+    """A checkout with a target's predictions; its registry is real."""
 
     def __init__(self, settings: Settings, paths: Paths) -> None:
         self.settings, self.paths = settings, paths
 
     def evaluate(self, weights: str, *, seed: int = 0, data: str = "data", evaluation: str = "evaluation") -> None:
-        """Write what the stage `evaluate` would of a target with these weights, whose answers are drawn with `seed`."""
+        """Write what the stage `evaluate` would of a target with these weights and predictions drawn with `seed`."""
         generator = np.random.default_rng(seed)
         frames = []
         for model in ("guidance", "target"):
             for attack, (_, images) in ATTACKS.items():
-                right = generator.permutation(np.arange(images) < RIGHT[attack])
+                correct = generator.permutation(np.arange(images) < CORRECT[attack])
                 rows = {"model": model, "attack": attack, "index": np.arange(images) * (IMAGES // images)}
-                frames.append(pd.DataFrame({**rows, "correct": right}))
+                frames.append(pd.DataFrame({**rows, "correct": correct}))
         # In another order: images belong together by their number.
         examples = pd.concat(frames, ignore_index=True).sample(frac=1, random_state=seed)
-        figures = {attack: {"name": name} for attack, (name, _) in ATTACKS.items()} | {"worst": {"name": "worst"}}
-        content = {
-            "data": {"hash": data, "test_images": IMAGES},
-            "seed": 7,
-            "settings_hash": evaluation,
-            "models": {"target": {"weights_sha256": weights, "attacks": figures}},
-        }
-        self.paths.reports.mkdir(exist_ok=True)
-        self.paths.robustness.write_text(json.dumps(content))
+        figures = {attack: robustness_json.figures(name) for attack, (name, _) in ATTACKS.items()}
+        models = {"target": robustness_json.model(weights, figures)}
+        content = robustness_json.content(models, data=data, seed=7, settings_hash=evaluation)
+        robustness_json.write(self.paths.robustness, content)
         examples.to_parquet(self.paths.examples)
 
-    def right(self, attack: str) -> "pd.Series[bool]":
-        """What the target got right, by image, in the order of their numbers."""
+    def correct(self, attack: str) -> "pd.Series[bool]":
+        """Whether the target is correct, by image, in the order of their numbers."""
         examples = pd.read_parquet(self.paths.examples)
         rows = examples[(examples["model"] == "target") & (examples["attack"] == attack)]
         return rows.set_index("index")["correct"].sort_index()
@@ -91,40 +82,35 @@ class Project:
 @pytest.fixture
 def project(
     tmp_path: Path,
-    store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     tiny_settings: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ) -> Project:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    settings = tiny_settings(
-        tracking={"uri": f"sqlite:///{store}/mlflow.db", "experiment": "tests"},
-        promote={"model_name": f"{NAME} {request.node.name}"},
-    )
-    return Project(settings, Paths(tmp_path))
+    copy_store(tmp_path, tmp_path_factory, tiny_settings, monkeypatch)
+    tracking = {"uri": "sqlite:///mlflow.db", "experiment": "tests"}
+    return Project(tiny_settings(tracking=tracking, promote={"model_name": NAME}), Paths(tmp_path))
 
 
 def test_images_are_compared_one_by_one(project: Project) -> None:
     project.evaluate("champion", seed=1)
-    champion = {attack: project.right(attack) for attack in ATTACKS}
+    champion = {attack: project.correct(attack) for attack in ATTACKS}
     version = project.crown("champion")
     project.evaluate("challenger", seed=2)
-    challenger = {attack: project.right(attack) for attack in ATTACKS}
+    challenger = {attack: project.correct(attack) for attack in ATTACKS}
 
-    said = project.compare()
+    message = project.compare()
 
-    found = project.written()
-    attacks = found.pop("attacks")
-    assert found == {
+    comparison = project.written()
+    attacks = comparison.pop("attacks")
+    assert comparison == {
         "champion": {"version": version, "weights_sha256": "champion"},
         "challenger": {"weights_sha256": "challenger"},
         "data_hash": "data",
         "evaluation_hash": "evaluation",
     }
     assert list(attacks) == ["clean", "pgd", "autoattack", "worst"]
-    for answers in (champion, challenger):  # AutoAttack met a subset only
-        answers["worst"] = answers["clean"] & answers["pgd"]
+    for correct in (champion, challenger):  # AutoAttack ran on a subset only
+        correct["worst"] = correct["clean"] & correct["pgd"]
     for key, figures in attacks.items():
         ours, theirs = challenger[key], champion[key]
         interval = paired_bootstrap(torch.tensor(ours.to_numpy()), torch.tensor(theirs.to_numpy()), seed=7)
@@ -138,10 +124,10 @@ def test_images_are_compared_one_by_one(project: Project) -> None:
             "only_challenger": (ours & ~theirs).sum(),
             "only_champion": (theirs & ~ours).sum(),
         }
-        assert figures["only_challenger"] > 0, "the answers were to differ"
-        assert figures["only_champion"] > 0, "the answers were to differ"
+        assert figures["only_challenger"] > 0, "the two models must differ"
+        assert figures["only_champion"] > 0, "the two models must differ"
     worst = attacks["worst"]
-    assert said == (
+    assert message == (
         f"Worst case {worst['challenger']:.2%}, the champion's (version {version}) {worst['champion']:.2%}; "
         f"95 % interval of the difference: {worst['interval'][0]:+.2%} to {worst['interval'][1]:+.2%}."
     )
@@ -177,7 +163,7 @@ def test_without_a_champion_there_is_no_file(project: Project) -> None:
             True,
             "The figures of version 1 were measured with another seed or other `evaluate` settings.",
         ),
-        ({}, False, "What version 1 said of each image is not in its run."),
+        ({}, False, "The predictions of version 1 for each image are not in its run."),
     ],
     ids=["data", "evaluation", "files"],
 )
@@ -197,6 +183,16 @@ def test_what_cannot_be_compared_has_a_reason_and_no_figures(
         "evaluation_hash": "evaluation",
         "reason": reason,
     }
+
+
+def test_a_champion_of_another_release_has_a_reason_too(project: Project) -> None:
+    project.evaluate("champion")
+    robustness_json.write(project.paths.robustness, robustness_json.content(version=VERSION + 1))
+    project.crown("champion")
+    project.evaluate("challenger")
+    message = "Not compared image by image: The figures of version 1 are in a format that this release does not read."
+    assert project.compare() == message
+    assert "attacks" not in project.written()
 
 
 def test_a_promoted_challenger_keeps_its_comparison(project: Project) -> None:

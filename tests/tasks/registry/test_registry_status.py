@@ -1,11 +1,10 @@
-"""What the registry is asked about the model that lies here."""
+"""The state of the evaluated model in the registry."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import robustness_json
 
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
@@ -19,21 +18,15 @@ IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash":
 def paths(tmp_path: Path) -> Paths:
     """A project whose target model is evaluated."""
     paths = Paths(tmp_path)
-    evaluated(paths)
+    evaluate(paths)
     return paths
 
 
-def evaluated(paths: Paths, weights: str = "weights") -> None:
-    content: dict[str, Any] = {
-        "models": {"target": {"weights_sha256": weights}},
-        "data": {"hash": "data"},
-        "settings_hash": "evaluation",
-    }
-    paths.reports.mkdir(exist_ok=True)
-    paths.robustness.write_text(json.dumps(content))
+def evaluate(paths: Paths, weights: str = "weights") -> None:
+    robustness_json.write(paths.robustness, robustness_json.content({"target": robustness_json.model(weights)}))
 
 
-def test_asking_makes_no_database(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
+def test_a_question_creates_no_database(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
     settings = tiny_settings()
 
     assert status.aliases(settings, paths) == {}
@@ -41,7 +34,7 @@ def test_asking_makes_no_database(paths: Paths, tiny_settings: Callable[..., Set
     assert [path.name for path in paths.root.iterdir()] == ["reports"]
 
 
-def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
+def test_the_newest_version_of_these_weights_is_reported(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
     settings = tiny_settings()
     name = settings.promote.model_name
     connection.configure(settings, paths)
@@ -58,10 +51,10 @@ def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_setting
     client.set_registered_model_alias(name, "champion", "1")
     client.set_registered_model_alias(name, "challenger", "2")
 
-    found = status.registry_status(settings, paths)
+    registered = status.registry_status(settings, paths)
 
     assert status.aliases(settings, paths) == {"champion": 1, "challenger": 2}
-    assert found == status.RegistryStatus(
+    assert registered == status.RegistryStatus(
         version=2,
         aliases=("challenger",),
         gate="failed",
@@ -73,5 +66,5 @@ def test_the_newest_version_of_these_weights_is_found(paths: Paths, tiny_setting
     stricter = status.registry_status(tiny_settings(promote={"min_clean_accuracy": 0.5}), paths)
     assert stricter
     assert not stricter.settled
-    evaluated(paths, weights="new")
+    evaluate(paths, weights="new")
     assert status.registry_status(settings, paths) is None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_inputs import DIGITS, make_report
+from report_inputs import DIGITS
+from report_page import make_report
 
 CHROMIUM = shutil.which("chromium")
 LONG = "aeroplane_with_a_very_long_name_and_no_space_to_break_it"
@@ -35,7 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def visit(browser: Any, report: str) -> Iterator[Callable[..., Any]]:
-    """Opens the report; afterwards nothing may have been complained of, or asked for outside the page."""
+    """Opens the report; afterwards there must be no complaint, and no request outside the page."""
     opened: list[Any] = []
     troubles: list[str] = []
     requests: list[str] = []
@@ -75,7 +76,7 @@ def test_page_opens_and_fits(visit: Callable[..., Any], width: int, colours: str
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_text_stands_out(visit: Callable[..., Any], colours: str) -> None:
-    """WCAG 2.1 asks for a contrast of 4.5 between text and what lies behind it."""
+    """WCAG 2.1 requires a contrast of 4.5 between text and what lies behind it."""
     page = visit(colours=colours)
 
     def luminance(colour: str) -> float:
