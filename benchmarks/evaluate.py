@@ -21,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2r_core import checkpoint, models, runtime
-from d2r_core.attacks import pgd as attacks
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import pgd
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.pgd import LossName, margin
+from d2r_core.attacks.run import cascade, run_attack
 from d2r_core.data import Split, balanced_order, to_float
+from d2r_core.evaluation.evaluate_model import standard_attacks
 from tasks.config.settings import load as load_settings
 from tasks.data import evaluation_images
 from tasks.evaluation import autoattack
@@ -31,11 +34,11 @@ from tasks.evaluation.autoattack import Level
 
 STEPS = 20
 CPU = torch.device("cpu")
-Variant = Callable[[], Tensor]  # bool (N,): the images that stand
+Variant = Callable[[], Tensor]  # bool (N,): the images that are robust
 
 
 def plain_pgd(
-    model: nn.Module, split: Split, *, eps: float, loss: str, weights: bool, every: bool, batch: int
+    model: nn.Module, split: Split, *, eps: float, loss: LossName, weights: bool, every: bool, batch: int
 ) -> Tensor:
     """PGD on all images for all steps, in the default memory layout.
 
@@ -45,7 +48,7 @@ def plain_pgd(
     """
     generator = runtime.generator(0, CPU)
     device = next(model.parameters()).device
-    standing = []
+    robust = []
     for index in torch.arange(len(split)).split(batch):
         x, y = to_float(split.images[index]).to(device), split.labels[index].to(device)
         noise = torch.empty(x.shape).uniform_(-1, 1, generator=generator).to(device)
@@ -54,7 +57,7 @@ def plain_pgd(
         for _ in range(STEPS):
             x_adv = x_adv.detach().requires_grad_()
             logits = model(x_adv)
-            value = F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else -attacks.margin(logits, y).sum()
+            value = F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else -margin(logits, y).sum()
             if every:
                 right &= logits.argmax(1) == y
             if weights:
@@ -66,8 +69,8 @@ def plain_pgd(
             x_adv = x_adv.detach() + eps / 4 * gradient.sign()
             x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
         with torch.no_grad():
-            standing.append(right & (model(x_adv).argmax(1) == y))
-    return torch.cat(standing).cpu()
+            robust.append(right & (model(x_adv).argmax(1) == y))
+    return torch.cat(robust).cpu()
 
 
 def plain_autoattack(model: nn.Module, split: Split, level: Level, *, eps: float, classes: int, batch: int) -> Tensor:
@@ -86,26 +89,54 @@ def plain_autoattack(model: nn.Module, split: Split, level: Level, *, eps: float
 
 
 def compare(title: str, variants: dict[str, Variant], rounds: int) -> None:
-    """Time the variants in turns; the first one is what the others' ratios stand against."""
+    """Time the variants in turns; the ratios of all are to the first one."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    standing: dict[str, Tensor] = {}
+    robust: dict[str, Tensor] = {}
     for _ in range(rounds):
         for name, variant in variants.items():
-            begun = time.perf_counter()
-            standing[name] = variant()
+            started = time.perf_counter()
+            robust[name] = variant()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(medians))
-    print(
-        f"\n{title}\n| | standing | differ from the first | median s (least to most) | ratio |\n|---|---|---|---|---|"
-    )
+    print(f"\n{title}\n| | robust | differ from the first | median s (least to most) | ratio |\n|---|---|---|---|---|")
     for name, median in medians.items():
-        differ = int((standing[name] != standing[first]).sum())
+        differ = int((robust[name] != robust[first]).sum())
         spread = f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}"
-        count = f"{int(standing[name].sum())} of {len(standing[name])}"
+        count = f"{int(robust[name].sum())} of {len(robust[name])}"
         print(f"| {name} | {count} | {differ} | {median:.2f} ({spread}) | {medians[first] / median:.2f} |", flush=True)
+
+
+def pgd_variants(
+    loss: LossName, model: nn.Module, plain: nn.Module, split: Split, config: EvaluationConfig
+) -> dict[str, Variant]:
+    """PGD-20 or CW-20 in four ways; `plain` is the model in the default memory layout, which ours changes."""
+    attack = standard_attacks(config)["pgd" if loss == "ce" else "cw"]
+
+    def naive(weights: bool, every: bool) -> Tensor:
+        return plain_pgd(plain, split, eps=config.eps, loss=loss, weights=weights, every=every, batch=config.batch_size)
+
+    return {
+        "plain loop, gradient of the images alone": lambda: naive(False, False),
+        "the same, looking at every iterate": lambda: naive(False, True),
+        "as published: weights' gradients too": lambda: naive(True, False),
+        "ours": lambda: run_attack(model, split, attack, config).correct(split.labels),
+    }
+
+
+def autoattack_variants(
+    level: Level, model: nn.Module, plain: nn.Module, split: Split, config: EvaluationConfig, classes: int
+) -> dict[str, Variant]:
+    """AutoAttack in its authors' way and in ours."""
+    attacks = autoattack.attacks(level, eps=config.eps, norm="Linf", seed=0, classes=classes)
+    return {
+        "pyautoattack": lambda: plain_autoattack(
+            plain, split, level, eps=config.eps, classes=classes, batch=config.batch_size
+        ),
+        "ours": lambda: cascade(model, split, attacks, config)[0].correct(split.labels),
+    }
 
 
 def trained(device: torch.device, seconds: float, eps: float) -> tuple[nn.Module, Split]:
@@ -119,11 +150,11 @@ def trained(device: torch.device, seconds: float, eps: float) -> tuple[nn.Module
     torch.manual_seed(0)
     model = models.build("wide_resnet", num_classes=10, depth=10, widen_factor=2).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=2e-4)
-    begun = time.process_time()
-    while time.process_time() - begun < seconds:
+    started = time.process_time()
+    while time.process_time() - started < seconds:
         index = torch.randint(0, 1200, (64,))
         x, y = to_float(images[index]).to(device), labels[index].to(device)
-        x_adv = attacks.pgd(model, x, y, eps=1.5 * eps, step_size=1.5 * eps, steps=1)
+        x_adv = pgd(model, x, y, eps=1.5 * eps, step_size=1.5 * eps, steps=1)
         model.train()
         optimizer.zero_grad()
         F.cross_entropy(model(x_adv), y).backward()
@@ -131,7 +162,7 @@ def trained(device: torch.device, seconds: float, eps: float) -> tuple[nn.Module
     return model.eval(), Split(images[1200:], labels[1200:])
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="one of ours, with its JSON; otherwise one is trained")
     parser.add_argument("--data", type=Path, default=Path("data/prepared"))
@@ -142,10 +173,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-standard", action="store_true", help="AutoAttack's quick level alone")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     runtime.set_precision("fp32")
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    eps, batch, device = float(Fraction(options.eps)), options.batch, runtime.device("auto")
+    eps, device = float(Fraction(options.eps)), runtime.device("auto")
     if options.checkpoint:
         model, _ = checkpoint.load(options.checkpoint, device)
         whole = evaluation_images.load(options.data, load_settings(Path("params.yaml")).prepare).split
@@ -154,44 +189,18 @@ def main() -> None:
     order = balanced_order(whole.labels, 0)
     split, few = whole.take(order[: options.images]), whole.take(order[: options.autoattack_images])
     plain = copy.deepcopy(model)  # ours turns the weights' memory layout
-    classes = int(whole.labels.max()) + 1
-    common = {"batch_size": batch, "seed": 0}
+    config = EvaluationConfig(batch_size=options.batch, seed=0, device=device, eps=eps, step_size=eps / 4, steps=STEPS)
     print(
         f"{type(model).__name__}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, eps {eps:.4g}"
     )
 
-    for name, loss, attack in (
-        ("PGD-20", "ce", evaluation.pgd(eps, eps / 4, STEPS)),
-        ("CW-20", "margin", evaluation.cw(eps, eps / 4, STEPS)),
-    ):
-
-        def naive(weights: bool, every: bool, loss: str = loss) -> Tensor:
-            return plain_pgd(plain, split, eps=eps, loss=loss, weights=weights, every=every, batch=batch)
-
-        def ours(attack: evaluation.Attack = attack) -> Tensor:
-            return evaluation.run(model, split, attack, **common).correct(split.labels)
-
-        variants: dict[str, Variant] = {
-            "plain loop, gradient of the images alone": lambda: naive(False, False),
-            "the same, looking at every iterate": lambda: naive(False, True),
-            "as published: weights' gradients too": lambda: naive(True, False),
-            "ours": ours,
-        }
-        compare(f"{name}, {len(split)} images", variants, options.rounds)
-
+    losses: dict[str, LossName] = {"PGD-20": "ce", "CW-20": "margin"}
+    for name, loss in losses.items():
+        compare(f"{name}, {len(split)} images", pgd_variants(loss, model, plain, split, config), options.rounds)
     levels: list[Level] = ["quick"] if options.skip_standard else ["quick", "standard"]
     for level in levels:
-        stages = autoattack.attacks(level, eps=eps, norm="Linf", seed=0, classes=classes)
-
-        def theirs(level: Level = level) -> Tensor:
-            return plain_autoattack(plain, few, level, eps=eps, classes=classes, batch=batch)
-
-        def ours_in_turn(stages: dict[str, evaluation.Attack] = stages) -> Tensor:
-            return evaluation.cascade(model, few, stages, **common)[0].correct(few.labels)
-
-        compare(
-            f"AutoAttack {level}, {len(few)} images", {"pyautoattack": theirs, "ours": ours_in_turn}, options.rounds
-        )
+        variants = autoattack_variants(level, model, plain, few, config, int(whole.labels.max()) + 1)
+        compare(f"AutoAttack {level}, {len(few)} images", variants, options.rounds)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from d2r_core import data, models, runtime
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import PGD, Clean
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.run import accuracy_under
 from d2r_core.data import Split
 from d2r_core.training import trainer
 from d2r_core.training.methods import D2R, Attack
@@ -93,7 +95,7 @@ def trained(problem: Problem, setting: Setting, train: Split, epochs: int, seed:
         crop_padding=problem.crop_padding,
         flip=problem.flip,
         seed=seed,
-        criteria={"clean_accuracy": evaluation.clean()},
+        criteria={"clean_accuracy": Clean()},
         log=lambda metrics, epoch: print(
             f"{setting}, seed {seed}, epoch {epoch}: {metrics['loss']:.3f}", file=sys.stderr
         ),
@@ -105,10 +107,10 @@ def trained(problem: Problem, setting: Setting, train: Split, epochs: int, seed:
 def robust_accuracy(problem: Problem, objective: D2R, test: Split) -> float:
     """Under PGD-20 from one random start, in fp32."""
     runtime.set_precision("fp32")
-    attack = evaluation.pgd(problem.attack["eps"], problem.attack["step_size"], 20)
+    attack = PGD(eps=problem.attack["eps"], step_size=problem.attack["step_size"], steps=20)
+    config = EvaluationConfig(batch_size=256, seed=0, device=next(objective.model.parameters()).device)
     with runtime.eager(True):
-        outcome = evaluation.run(objective.model, test, attack, batch_size=256, seed=0)
-    return evaluation.accuracy(outcome.correct(test.labels.cpu()))
+        return accuracy_under(objective.model, test, attack, config)
 
 
 def one_step(start: D2R, setting: Setting, x: Tensor, y: Tensor) -> tuple[float, Tensor]:

@@ -15,7 +15,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from d2r_core import models, runtime
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import PGD, Clean
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.run import accuracy_under
 from d2r_core.data import Split, balanced_order
 from d2r_core.training import trainer
 from d2r_core.training.methods import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
@@ -64,12 +66,13 @@ def accuracies(method: str, data: dict[str, Split], seed: int) -> list[float]:
         crop_padding=1,
         flip=False,
         seed=seed,
-        criteria={"clean": evaluation.clean(), "robust": evaluation.pgd(**ATTACK)},
+        criteria={"clean": Clean(), "robust": PGD(**ATTACK)},
         log=lambda metrics, epoch: None,
     )
     model.load_state_dict(kept.state)
-    attacks = [evaluation.clean(), evaluation.pgd(ATTACK["eps"], ATTACK["step_size"], 20)]
-    return [evaluation.accuracy_under(model, data["test"], attack, batch_size=120, seed=seed) for attack in attacks]
+    attacks: list[Clean | PGD] = [Clean(), PGD(eps=ATTACK["eps"], step_size=ATTACK["step_size"], steps=20)]
+    config = EvaluationConfig(batch_size=120, seed=seed, device=CPU)
+    return [accuracy_under(model, data["test"], attack, config) for attack in attacks]
 
 
 def described(figures: Tensor) -> str:

@@ -68,8 +68,8 @@ def content_hash(splits: Mapping[str, Split]) -> str:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]."""
-    return images.float().div_(255.0)
+    """Images as float32 in [0, 1]: uint8 ones divided by 255, float ones, which are in [0, 1], as they are."""
+    return images.float().div_(255.0) if images.dtype == torch.uint8 else images.float()
 
 
 def balanced_order(labels: Tensor, seed: int) -> Tensor:

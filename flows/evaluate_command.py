@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
     from tasks.data.evaluation_images import Heldout
-    from tasks.evaluation.evaluate_models import Subject
+    from tasks.evaluation.evaluate_models import LoadedModel
     from tasks.evaluation.report_schema import RobustnessReport
 
 Source = Literal["image_folder", "cifar10", "cifar100", "tiny_imagenet", "digits"]
@@ -55,7 +55,7 @@ def evaluate(
     from tasks.config.paths import Paths
     from tasks.data import evaluation_images
     from tasks.evaluation import evaluate_models
-    from tasks.evaluation.evaluate_models import Conditions
+    from tasks.evaluation.evaluate_models import EvaluationSetup
 
     paths = Paths()
     settings = _overridden(
@@ -72,18 +72,18 @@ def evaluate(
     images = evaluation_images.load(data, settings.prepare, source, classes)
     device = runtime.device(settings.runtime.device)
     given = {key: value for key, value in described.items() if value is not None}
-    subjects = {"target": _subject(checkpoint, given, images, settings, paths, device)}
-    conditions = Conditions(
+    models = {"target": _subject(checkpoint, given, images, settings, paths, device)}
+    setup = EvaluationSetup(
         test=images.split,
         source=images.source,
         classes=images.classes,
         data_hash=images.hash,
         settings=settings.evaluate,
         seed=settings.seed,
-        state=paths.state,
+        cache_root=paths.state,
     )
     try:
-        evaluation = evaluate_models.examine(subjects, conditions)
+        evaluation = evaluate_models.evaluate_models(models, setup)
     except Interrupted as interruption:
         typer.echo(str(interruption), err=True)
         raise typer.Exit(130) from None
@@ -92,7 +92,7 @@ def evaluate(
     evaluation.write(folder)
     artifacts = report.read(folder)
     files.write_text(folder / "report.html", report.render(artifacts, settings))
-    evaluate_models.forget(subjects, conditions)
+    evaluate_models.clear_cache(models, setup)
     _show(artifacts.robustness, folder)
 
 
@@ -129,10 +129,10 @@ def _subject(
     settings: "Settings",
     paths: "Paths",
     device: "torch.device",
-) -> "Subject":
+) -> "LoadedModel":
     """The model that a checkpoint holds: of the architecture in the JSON beside it, or of the one that is given."""
     from d2r_core import checkpoint, files, models
-    from tasks.evaluation.evaluate_models import Subject
+    from tasks.evaluation.evaluate_models import LoadedModel
     from tasks.registry import versions
 
     shape = {"num_classes": len(images.classes), "image_size": images.split.images.shape[2]}
@@ -147,11 +147,11 @@ def _subject(
             for key, value in shape.items():
                 if metadata["architecture"][key] != value:
                     raise UserError(f"{path}: has {key} {metadata['architecture'][key]}, the data {value}.")
-            return Subject(model, metadata)
+            return LoadedModel(model, metadata)
         described = {**architecture, **shape}
         model = models.build(**_complete(path, described))
         models.load_weights(model, path)
-        return Subject(model.to(device).eval(), {"architecture": described, "weights_sha256": files.sha256(path)})
+        return LoadedModel(model.to(device).eval(), {"architecture": described, "weights_sha256": files.sha256(path)})
 
 
 def _complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:

@@ -10,39 +10,39 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation import evaluate_models
-from tasks.evaluation.evaluate_models import Conditions, Subject
+from tasks.evaluation.evaluate_models import EvaluationSetup, LoadedModel
 
 _PATIENCE = timedelta(days=1)  # of a process whose own batches are done: one of AutoAttack takes hours on a CPU
 
 
 def run(settings: Settings, paths: Paths) -> dict[str, dict[str, float]]:
-    """Measure target and guidance model; write robustness.json, metrics.json, examples.parquet and the gallery.
+    """Evaluate target and guidance model; write robustness.json, metrics.json, examples.parquet and the gallery.
 
     Run again after an interruption, it continues. Under torchrun every process takes its share; the first one writes.
     """
     manifest = read_manifest(paths)
     device = runtime.device(settings.runtime.device)
-    conditions = Conditions(
+    setup = EvaluationSetup(
         test=load_split(paths.prepared / "test.safetensors"),
         source=manifest["source"],
         classes=manifest["classes"],
         data_hash=manifest["hash"],
         settings=settings.evaluate,
         seed=settings.seed,
-        state=paths.state,
+        cache_root=paths.state,
     )
     with distributed.process_group(device, timeout=_PATIENCE):
-        subjects = {
-            name: Subject(*checkpoint.load(path, device))
+        models = {
+            name: LoadedModel(*checkpoint.load(path, device))
             for name, path in (("guidance", paths.guidance), ("target", paths.target))
         }
-        found = evaluate_models.examine(subjects, conditions)
-        metrics = found.accuracies()
+        result = evaluate_models.evaluate_models(models, setup)
+        metrics = result.accuracies()
         if distributed.rank() == 0:
-            found.robustness["settings_hash"] = settings.hash("seed", "evaluate")
-            found.write(paths.reports)
+            result.robustness["settings_hash"] = settings.hash("seed", "evaluate")
+            result.write(paths.reports)
             files.write_text(paths.metrics, json.dumps(metrics, indent=2) + "\n")
-            evaluate_models.forget(subjects, conditions)
+            evaluate_models.clear_cache(models, setup)
             for name, accuracies in metrics.items():
                 print(f"{name}: {', '.join(f'{key} {value:.2%}' for key, value in accuracies.items())}", flush=True)
     return metrics

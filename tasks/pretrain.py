@@ -1,6 +1,6 @@
 """Stage `pretrain`: the guidance model, by standard training; with 0 epochs it keeps its random weights."""
 
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import Clean
 from d2r_core.training.methods import Standard
 from d2r_core.training.trainer import Kept
 from tasks.config import entry_point
@@ -18,7 +18,7 @@ def run(settings: Settings, paths: Paths) -> Kept:
         stage="pretrain",
         architecture=section.architecture.model_dump(),
         objective=Standard,
-        criteria={"accuracy": evaluation.clean()},
+        criteria={"accuracy": Clean()},
         section=section,
         epochs=section.epochs,
         seed=settings.seed,

@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 
 from d2r_core import checkpoint, runtime
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import PGD, Clean
 from d2r_core.training.methods import D2R, AdversarialTraining, Attack, Lbgat, Objective, Standard, Trades
 from d2r_core.training.trainer import Kept
 from tasks.config import entry_point
@@ -31,8 +31,8 @@ def run(settings: Settings, paths: Paths) -> Kept:
         architecture=section.architecture.model_dump(),
         objective=_objective(settings, guidance),
         criteria={
-            "clean_accuracy": evaluation.clean(),
-            "robust_accuracy": evaluation.pgd(section.eps, section.step_size, _VALIDATION_STEPS),
+            "clean_accuracy": Clean(),
+            "robust_accuracy": PGD(eps=section.eps, step_size=section.step_size, steps=_VALIDATION_STEPS),
         },
         section=section,
         epochs=section.epochs,

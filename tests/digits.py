@@ -1,16 +1,31 @@
 """Ten classes of 8 x 8 digits and a small network that is half robust on them: what evaluations are tried on."""
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from d2r_core import models, runtime
-from d2r_core.attacks import pgd as attacks
+from d2r_core.attacks import pgd
+from d2r_core.attacks.pgd import Noise
 from d2r_core.data import Split, to_float
 
 EPS = 0.15  # at which about half of the images fall
+
+
+@dataclass(frozen=True)
+class FunctionAttack:
+    """A test's own function as an attack."""
+
+    function: Callable[[nn.Module, Tensor, Tensor, Noise], Tensor]
+    name: str = "function"
+    passes: int = 1
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return self.function(model, x, y, noise)
 
 
 @functools.cache
@@ -42,7 +57,7 @@ def state() -> dict[str, torch.Tensor]:
         for index in torch.randperm(1200, generator=generator).split(64):
             x, y = to_float(split().images[index]), split().labels[index]
             noise = torch.empty_like(x).uniform_(-1.0, 1.0, generator=generator)
-            x_adv = attacks.pgd(model, x, y, eps=0.2, step_size=0.1, steps=2, noise=noise)
+            x_adv = pgd(model, x, y, eps=0.2, step_size=0.1, steps=2, noise=noise)
             model.train()
             optimizer.zero_grad()
             F.cross_entropy(model(x_adv), y).backward()

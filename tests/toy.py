@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from d2r_core import models, runtime
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import PGD, Clean, fgsm
 from d2r_core.data import Split
 from d2r_core.training import trainer
 from d2r_core.training.methods import D2R, Attack, Objective
@@ -53,7 +53,7 @@ def fit(
         "crop_padding": 1,
         "flip": False,
         "seed": 0,
-        "criteria": {"clean_accuracy": evaluation.clean(), "robust_accuracy": evaluation.pgd(**ATTACK)},
+        "criteria": {"clean_accuracy": Clean(), "robust_accuracy": PGD(**ATTACK)},
         "log": lambda metrics, epoch: logged.append({"epoch": epoch, **metrics}),
     }
     return trainer.fit(objective, train or split(0), validation or split(1, 64), **{**arguments, **changes}), logged
@@ -63,6 +63,6 @@ def train_to_file(state_folder: Path, result: Path) -> None:
     """What the killed processes of the tests run: train, saving at every step, and write the weights."""
     torch.set_num_threads(1)
     objective = D2R(network(0), network(100), attack={**ATTACK, "steps": 1}, clean_weight=20.0, adv_weight=30.0)
-    criteria = {"robust_accuracy": evaluation.fgsm(0.1)}
+    criteria = {"robust_accuracy": fgsm(0.1)}
     kept, _ = fit(objective, state_folder=state_folder, save_minutes=0.0, average="ema", epochs=2, criteria=criteria)
     torch.save(kept.state, result)

@@ -2,3 +2,7 @@
 
 Imports only the shared files of d2r_core; knows neither models nor training.
 """
+
+from d2r_core.attacks.pgd import PGD, Clean, cw, fgsm, pgd
+
+__all__ = ["PGD", "Clean", "cw", "fgsm", "pgd"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from d2r_core.attacks.pgd import ascend, under_attack
+from d2r_core.attacks.pgd import ascend, published_step, under_attack
 from d2r_core.runtime import at_least_fp32
 
 _START_SCALE = 0.001  # of the normal noise at the start, as published
@@ -35,12 +35,14 @@ def generate(
     """
     if noise is None:
         noise = torch.randn_like(x)
+    start = x + _START_SCALE * noise
     with under_attack(target, guidance):
         with torch.no_grad():
-            wanted = at_least_fp32(guidance(x)).softmax(1)
+            guidance_distribution = at_least_fp32(guidance(x)).softmax(1)
+        step = published_step(eps, step_size)
+        return ascend(target, _divergence, start, x, guidance_distribution, step=step, steps=steps)[0]
 
-        def divergence(x_adv: Tensor) -> Tensor:
-            # The divergence's other term, wanted * log(wanted + 1e-5), is constant in x'.
-            return -(wanted * at_least_fp32(target(x_adv)).log_softmax(1)).sum()
 
-        return ascend(divergence, x + _START_SCALE * noise, x, eps=eps, step_size=step_size, steps=steps)
+def _divergence(logits: Tensor, guidance_distribution: Tensor) -> Tensor:
+    """KL(guidance || target) but for its term guidance * log(guidance + 1e-5), which is constant in the logits."""
+    return -(guidance_distribution * logits.log_softmax(1)).sum()

@@ -1,4 +1,4 @@
-"""The two balls that attacks stay in, Linf and L2: size, random point, steepest step, projection.
+"""The two balls that attacks stay in, Linf and L2: norm, random start, steepest step, projection.
 
 Perturbations are (B, C, H, W), radii in the images' units.
 """
@@ -13,32 +13,32 @@ Norm = Literal["Linf", "L2"]
 _TINY = 1e-12
 
 
-def size(delta: Tensor, norm: Norm) -> Tensor:
+def norm(delta: Tensor, ball: Norm) -> Tensor:
     """The norm of each perturbation, (B,), in delta's own precision."""
     flat = delta.flatten(1)
-    return flat.abs().amax(1) if norm == "Linf" else flat.square().sum(1).sqrt()
+    return flat.abs().amax(1) if ball == "Linf" else flat.square().sum(1).sqrt()
 
 
-def start(noise: Tensor, eps: float, norm: Norm) -> Tensor:
+def random_start(noise: Tensor, eps: float, ball: Norm) -> Tensor:
     """A random perturbation from a uniform draw in [-1, 1]: uniform in the cube, or uniform in direction at `eps`."""
-    return eps * noise if norm == "Linf" else eps * unit(normal(noise), norm)
+    return eps * noise if ball == "Linf" else eps * unit(normal(noise), ball)
 
 
-def steepest(gradient: Tensor, length: float, norm: Norm) -> Tensor:
+def ascent_step(gradient: Tensor, length: float, ball: Norm) -> Tensor:
     """The step of that length along which the loss grows most."""
-    return length * gradient.sign() if norm == "Linf" else length * unit(gradient, norm)
+    return length * gradient.sign() if ball == "Linf" else length * unit(gradient, ball)
 
 
-def project(delta: Tensor, eps: float, norm: Norm) -> Tensor:
+def project(delta: Tensor, eps: float, ball: Norm) -> Tensor:
     """The nearest perturbation within `eps`."""
-    if norm == "Linf":
+    if ball == "Linf":
         return delta.clamp(-eps, eps)
-    return delta * (eps / size(delta, norm).clamp_min(_TINY)).clamp_max(1.0)[:, None, None, None]
+    return delta * (eps / norm(delta, ball).clamp_min(_TINY)).clamp_max(1.0)[:, None, None, None]
 
 
-def unit(delta: Tensor, norm: Norm) -> Tensor:
-    """Each perturbation scaled to size 1; one of size 0 stays."""
-    return delta / size(delta, norm).clamp_min(_TINY)[:, None, None, None]
+def unit(delta: Tensor, ball: Norm) -> Tensor:
+    """Each perturbation scaled to norm 1; one of norm 0 stays 0."""
+    return delta / norm(delta, ball).clamp_min(_TINY)[:, None, None, None]
 
 
 def normal(noise: Tensor) -> Tensor:

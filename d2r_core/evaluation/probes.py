@@ -1,4 +1,10 @@
-"""What the self-checks ask of a model beside the evaluation's attacks."""
+"""What the self-checks ask of a model beside the evaluation's attacks.
+
+Apart from self_checks.py, which judges: it takes tensors, and each of its judgements can be read and tested without a
+model. Everything here runs one.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -6,27 +12,41 @@ from torch import Tensor, nn
 
 from d2r_core import runtime
 from d2r_core.attacks import norms
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.norms import Norm
-from d2r_core.attacks.run import Attack, Noise
+from d2r_core.attacks.pgd import PGD, Noise
+from d2r_core.attacks.run import image_noise
 from d2r_core.data import Split, to_float
-from d2r_core.evaluation.curves import last_iterate
 from d2r_core.runtime import at_least_fp32
 
 
-def crafted_on(other: nn.Module, eps: float, step_size: float, steps: int, norm: Norm) -> Attack:
+@dataclass(frozen=True)
+class Transfer:
     """The adversarial images of another model, after all steps: those that just fool it seldom fool a second one."""
-    attack = last_iterate(eps, step_size, steps, norm)
-    return lambda model, x, y, noise: attack(other, x, y, noise)
+
+    other: nn.Module
+    attack: PGD
+    name: str = "transfer"
+
+    @property
+    def passes(self) -> int:
+        return self.attack.passes
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return self.attack(self.other, x, y, noise)
 
 
-def random_step(eps: float, norm: Norm) -> Attack:
+@dataclass(frozen=True)
+class RandomStep:
     """A step of length eps in a random direction: for Linf, to a random corner of the ball."""
 
-    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return (x + norms.steepest(noise(0), eps, norm)).clamp(0.0, 1.0)
+    eps: float
+    norm: Norm
+    name: str = "noise"
+    passes: int = 1
 
-    return attack
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return (x + norms.ascent_step(noise(0), self.eps, self.norm)).clamp(0.0, 1.0)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -35,9 +55,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
-def logits(model: nn.Module, split: Split, batch_size: int) -> Tensor:
+def logits(model: nn.Module, split: Split, batch_size: int, device: torch.device) -> Tensor:
     """float32 (N, C), on the CPU."""
-    device = next(model.parameters()).device
     with torch.no_grad(), runtime.eager(runtime.is_compiled(model)):
         batches = [
             at_least_fp32(model(to_float(images.to(device)))).float().cpu() for images in split.images.split(batch_size)
@@ -45,17 +64,14 @@ def logits(model: nn.Module, split: Split, batch_size: int) -> Tensor:
     return torch.cat(batches)
 
 
-def gradient_sizes(
-    model: nn.Module, split: Split, eps: float, norm: Norm, *, batch_size: int, seed: int, numbers: Tensor
-) -> Tensor:
+def gradient_sizes(model: nn.Module, split: Split, config: EvaluationConfig, image_ids: Tensor) -> Tensor:
     """The largest component of the cross-entropy's gradient at each image and at PGD's random start, (2, N)."""
-    device = next(model.parameters()).device
     sizes = []
-    for index in torch.arange(len(split)).split(batch_size):
-        images, labels = split.take(index.to(split.labels.device)).to(device)
+    for index in torch.arange(len(split)).split(config.batch_size):
+        images, labels = split.take(index.to(split.labels.device)).to(config.device)
         x = to_float(images)
-        draw = evaluation.noise_of(numbers[index], x.shape[1:], seed=seed, device=device)(0)
-        start = (x + norms.start(draw, eps, norm)).clamp(0.0, 1.0)
+        draw = image_noise(image_ids[index], x.shape[1:], seed=config.seed, device=config.device)(0)
+        start = (x + norms.random_start(draw, config.eps, config.norm)).clamp(0.0, 1.0)
         sizes.append(torch.stack([_largest_gradient(model, point, labels) for point in (x, start)]))
     return torch.cat(sizes, 1).cpu()
 

@@ -1,7 +1,7 @@
 """How far counted accuracies can be trusted: intervals, and whether one attack fools more images than another."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,18 @@ def wilson(correct: int, images: int) -> tuple[float, float]:
     low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
     # Exact at the ends, where rounding would leave 1e-17.
     return (0.0 if correct == 0 else low), (1.0 if correct == images else high)
+
+
+def accuracy_with_interval(correct: Tensor) -> dict[str, Any]:
+    """What is recorded of an accuracy: itself, its 95 % interval, and the counts that they rest on; of bool (N,)."""
+    right, images = int(correct.sum()), len(correct)
+    return {"accuracy": right / images, "interval": list(wilson(right, images)), "correct": right, "images": images}
+
+
+def accuracy_per_class(correct: Tensor, labels: Tensor, classes: int) -> list[float | None]:
+    """Accuracy among the images of each class, 0 to 1; None for a class without images."""
+    members = (correct[labels == label] for label in range(classes))
+    return [float(part.double().mean()) if len(part) else None for part in members]
 
 
 def paired_bootstrap(a: Tensor, b: Tensor, *, seed: int) -> tuple[float, float]:
@@ -67,7 +79,7 @@ class Comparison(NamedTuple):
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor) -> "Comparison":
-        """From the images that stand under each, bool (N,)."""
+        """From the images that are robust to each, bool (N,)."""
         return cls(int((~first & second).sum()), int((first & ~second).sum()), len(first))
 
     @property

@@ -9,8 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from d2r_core.attacks import cag
-from d2r_core.attacks import pgd as attacks
+from d2r_core.attacks import cag, pgd
 from d2r_core.training import losses
 
 
@@ -50,7 +49,7 @@ class AdversarialTraining(Standard):
 
     def perturb(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.empty_like(x).uniform_(-1.0, 1.0, generator=generator)
-        return attacks.pgd(self.model, x, y, noise=noise, **self.attack)
+        return pgd(self.model, x, y, noise=noise, **self.attack)
 
 
 class Trades(nn.Module):

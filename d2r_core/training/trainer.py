@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from d2r_core import checkpoint, distributed, runtime
-from d2r_core.attacks import run as evaluation
-from d2r_core.attacks.run import Attack
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.run import Attack, accuracy_under
 from d2r_core.data import Split, load_batch, shares
 from d2r_core.errors import UserError
 from d2r_core.interruption import Interrupted, stop_requests
@@ -104,8 +104,11 @@ def fit(
     def validate(model: nn.Module) -> dict[str, float]:
         distributed.share_buffers(model)
         return {
-            name: evaluation.accuracy_under(
-                model, validation, attack, batch_size=batch_size // world, seed=seed, precision=precision
+            name: accuracy_under(
+                model,
+                validation,
+                attack,
+                EvaluationConfig(batch_size=batch_size // world, seed=seed, precision=precision, device=device),
             )
             for name, attack in criteria.items()
         }

@@ -1,4 +1,4 @@
-"""One model under every attack of the settings: accuracies with their intervals, and what it said of each image."""
+"""One model under every attack of the settings: d2r_core's, and AutoAttack; with what it says of each image."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,22 +9,40 @@ import torch
 from torch import Tensor, nn
 
 from d2r_core import distributed, runtime
-from d2r_core.attacks import run as evaluation
-from d2r_core.attacks.run import Attack, Outcome
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.run import AttackResult, cascade
 from d2r_core.data import Split, balanced_order
-from d2r_core.evaluation.curves import counts
+from d2r_core.evaluation.evaluate_model import attack_figures, figure, run_attacks, standard_attacks, worst_figure
 from tasks.config.settings import Evaluate
 from tasks.evaluation.progress import Progress, Step
 
 
-class Measurement(NamedTuple):
-    """One model's figures, and what it said of every test image."""
+class ModelFigures(NamedTuple):
+    """One model's figures, and what it says of every test image."""
 
     figures: dict[str, dict[str, Any]]  # by attack, as in robustness.json
     examples: pd.DataFrame  # attack, index, label, prediction, margin, correct, distance
 
 
-def measure(
+def evaluation_config(
+    settings: Evaluate, *, seed: int, device: torch.device, cache_folder: Path | None = None
+) -> EvaluationConfig:
+    """The settings as d2r_core takes them."""
+    return EvaluationConfig(
+        batch_size=settings.batch_size,
+        seed=seed,
+        device=device,
+        norm=settings.norm,
+        precision=settings.precision,
+        cache_folder=cache_folder,
+        eps=settings.eps,
+        step_size=settings.step_size,
+        steps=settings.steps,
+        restarts=settings.restarts,
+    )
+
+
+def evaluate_model(
     model: nn.Module,
     split: Split,
     settings: Evaluate,
@@ -32,97 +50,60 @@ def measure(
     classes: int,
     seed: int,
     description: str = "",
-    folder: Path | None = None,
-) -> Measurement:
+    cache_folder: Path | None = None,
+) -> ModelFigures:
     """Attack `model` (on its device, in any mode) on every image of `split`.
 
-    AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0. Under torchrun
-    every process calls it alike and gets the whole.
+    AutoAttack runs on a class-balanced subset of `settings.autoattack_images`, and is left out at 0; among the worst
+    it counts if the subset is the whole. Under torchrun every process calls it alike and gets the whole.
 
     Args:
-        folder: where finished batches are kept, and found by a call that repeats an interrupted one; see
-            evaluation.run.
+        description: what the model is called while it is attacked.
+        cache_folder: as EvaluationConfig has it.
     """
     from tasks.evaluation import autoattack
 
     runtime.set_precision(settings.precision)
-    options: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "seed": seed,
-        "norm": settings.norm,
-        "precision": settings.precision,
-    }
-    common = {"norm": settings.norm, "eps": settings.eps, "seed": seed}
-    whole = _on_all_images(settings)
-    stages = autoattack.attacks(settings.autoattack, eps=settings.eps, norm=settings.norm, seed=seed, classes=classes)
+    device = next(model.parameters()).device
+    config = evaluation_config(settings, seed=seed, device=device, cache_folder=cache_folder)
     subset = balanced_order(split.labels, seed)[: settings.autoattack_images].sort().values
-    plan = [Step(what["name"], len(split), passes) for what, _, passes in whole.values()]
-    plan += [Step(name, len(subset), autoattack.passes(name, classes)) for name in (stages if len(subset) else [])]
-    figures: dict[str, dict[str, Any]] = {}
-    frames: list[pd.DataFrame] = []
-
-    def record(key: str, what: Mapping[str, Any], outcome: Outcome, index: Tensor) -> Tensor:
-        labels = split.labels[index]
-        correct = outcome.correct(labels)
-        figures[key] = {**common, **what, **_counts(correct, labels, classes)}
-        columns = {
-            "attack": key,
-            "index": index.numpy(),
-            "label": labels.numpy(),
-            "prediction": outcome.predictions.numpy(),
-            "margin": outcome.margins.numpy(),
-            "correct": correct.numpy(),
-            "distance": outcome.distances.numpy(),
-        }
-        frames.append(pd.DataFrame(columns))
-        return correct
-
-    right = standing = torch.ones(len(split), dtype=torch.bool)
+    level = settings.autoattack
+    attacks = autoattack.attacks(level, eps=config.eps, norm=config.norm, seed=seed, classes=classes)
+    plan = [Step(attack.name, len(split), attack.passes) for attack in standard_attacks(config).values()]
+    plan += [Step(attack.name, len(subset), attack.passes) for attack in attacks if len(subset)]
     with Progress(description, model, plan, show=distributed.rank() == 0) as progress:
-        for key, (what, attack, _) in whole.items():
-            progress.begin(what["name"], int(right.sum()))
-            kept = folder / key if folder else None
-            outcome = evaluation.run(model, split, attack, folder=kept, **options)
-            correct = record(key, what, outcome, torch.arange(len(split)))
-            standing = standing & correct
-            right = correct if key == "clean" else right
+        results = run_attacks(model, split, config, begin=progress.begin)
+        figures = attack_figures(results, split.labels, classes, config)
+        examples = [_examples(key, result, split.labels, torch.arange(len(split))) for key, result in results.items()]
         if len(subset):
-            kept = folder / "autoattack" if folder else None
-            outcome, stood = evaluation.cascade(
-                model, split.take(subset), stages, numbers=subset, folder=kept, begin=progress.begin, **options
-            )
-            correct = record("autoattack", _autoattack(settings, stood, len(subset)), outcome, subset)
+            part, cached = split.take(subset), config.cached_in("autoattack")
+            result, robust_after = cascade(model, part, attacks, cached, image_ids=subset, begin=progress.begin)
+            described = _autoattack(settings, robust_after, len(subset))
+            figures["autoattack"] = figure(described, result.correct(part.labels), part.labels, classes, config)
+            examples.append(_examples("autoattack", result, part.labels, subset))
             if len(subset) == len(split):
-                standing = standing & correct
-    worst = {"name": "worst of these", **_steps(settings)}
-    figures["worst"] = {**common, **worst, **_counts(standing, split.labels, classes)}
-    return Measurement(figures, pd.concat(frames, ignore_index=True))
+                results["autoattack"] = result
+    figures["worst"] = worst_figure(results.values(), split.labels, classes, config)
+    return ModelFigures(figures, pd.concat(examples, ignore_index=True))
 
 
-def _on_all_images(settings: Evaluate) -> dict[str, tuple[dict[str, Any], Attack, int]]:
-    """The attacks that run on every test image: what is said of them, the attack, and its passes."""
-    eps, norm, steps = settings.eps, settings.norm, _steps(settings)
-    none = {"eps": 0.0, "step_size": 0.0, "steps": 0, "restarts": 0}
-    passes = 2 + settings.restarts * (2 * settings.steps + 1)
-    return {
-        "clean": ({"name": "clean", **none}, evaluation.clean(), 1),
-        "fgsm": ({"name": "FGSM", "step_size": eps, "steps": 1, "restarts": 1}, evaluation.fgsm(eps, norm), 5),
-        "pgd": ({"name": f"PGD-{settings.steps}", **steps}, evaluation.pgd(eps, norm=norm, **steps), passes),
-        "cw": ({"name": f"CW-{settings.steps}", **steps}, evaluation.cw(eps, norm=norm, **steps), passes),
+def _examples(key: str, result: AttackResult, labels: Tensor, image_ids: Tensor) -> pd.DataFrame:
+    """One row for each image; labels and image_ids are (N,)."""
+    columns = {
+        "attack": key,
+        "index": image_ids.numpy(),
+        "label": labels.numpy(),
+        "prediction": result.predictions.numpy(),
+        "margin": result.margins.numpy(),
+        "correct": result.correct(labels).numpy(),
+        "distance": result.distances.numpy(),
     }
+    return pd.DataFrame(columns)
 
 
-def _autoattack(settings: Evaluate, stood: Mapping[str, int], images: int) -> dict[str, Any]:
+def _autoattack(settings: Evaluate, robust_after: Mapping[str, int], images: int) -> dict[str, Any]:
     return {
-        "name": "AutoAttack standard" if settings.autoattack == "standard" else f"{' + '.join(stood)} (quick)",
-        "stages": [{"name": name, "accuracy": count / images} for name, count in stood.items()],
+        "name": "AutoAttack standard" if settings.autoattack == "standard" else f"{' + '.join(robust_after)} (quick)",
+        "stages": [{"name": name, "accuracy": count / images} for name, count in robust_after.items()],
         **dict.fromkeys(("step_size", "steps", "restarts")),  # it sets them itself
     }
-
-
-def _steps(settings: Evaluate) -> dict[str, Any]:
-    return {"step_size": settings.step_size, "steps": settings.steps, "restarts": settings.restarts}
-
-
-def _counts(correct: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
-    return {**counts(correct), "per_class": evaluation.accuracy_per_class(correct, labels, classes)}

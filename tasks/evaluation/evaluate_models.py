@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,31 +15,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2r_core import files, runtime
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.pgd import under_attack
+from d2r_core.attacks.run import adversarial_images
 from d2r_core.data import Split, balanced_order, to_float
-from d2r_core.evaluation import curves, self_checks
+from d2r_core.evaluation import curves
 from d2r_core.evaluation.curves import EpsCurve, StepsCurve
+from d2r_core.evaluation.self_checks import SelfCheck, run_self_checks
 from d2r_core.interruption import Interrupted
 from tasks.config.settings import Evaluate
 from tasks.config.stage_code import stage_code
-from tasks.evaluation.evaluate_model import Measurement, measure
+from tasks.evaluation.evaluate_model import ModelFigures, evaluate_model, evaluation_config
 from tasks.evaluation.report_schema import VERSION, RobustnessReport
 
 _GALLERY = 32  # images
 _CHECK_QUERIES = 1000  # of Square as the self-checks' black box
 
 
-class Subject(NamedTuple):
-    """A model to be evaluated."""
+class LoadedModel(NamedTuple):
+    """A model, and what identifies it."""
 
     model: nn.Module  # on its device
     metadata: Mapping[str, Any]  # architecture, weights_sha256
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What figures stand on."""
+class EvaluationSetup:
+    """What figures depend on beside the model."""
 
     test: Split
     source: str  # where the images come from
@@ -47,29 +49,27 @@ class Conditions:
     data_hash: str
     settings: Evaluate
     seed: int
-    state: Path  # folder of what is kept of an evaluation under way
+    cache_root: Path  # of evaluations under way
 
-    def options(self) -> dict[str, Any]:
-        """As evaluation.run takes them."""
-        settings = self.settings
-        return {
-            "batch_size": settings.batch_size,
-            "seed": self.seed,
-            "norm": settings.norm,
-            "precision": settings.precision,
-        }
+    def config(self, evaluated: LoadedModel) -> EvaluationConfig:
+        """How a model is attacked."""
+        device = next(evaluated.model.parameters()).device
+        return evaluation_config(
+            self.settings, seed=self.seed, device=device, cache_folder=self.cache_folder(evaluated)
+        )
 
-    def kept(self, subject: Subject) -> Path:
+    def cache_folder(self, evaluated: LoadedModel) -> Path:
         """The folder of a model's finished batches, named after everything that they depend on."""
         code = files.code_fingerprint(*stage_code("evaluate"))
-        device = next(subject.model.parameters()).device.type
+        device = next(evaluated.model.parameters()).device.type
         versions = [version(package) for package in ("torch", "pyautoattack")]
         settings = self.settings.model_dump(mode="json")
-        parts = [subject.metadata["weights_sha256"], self.data_hash, settings, self.seed, code, device, versions]
-        return self.state / f"evaluate-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
+        parts = [evaluated.metadata["weights_sha256"], self.data_hash, settings, self.seed, code, device, versions]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return self.cache_root / f"evaluate-{key}"
 
 
-class Findings(NamedTuple):
+class EvaluationResult(NamedTuple):
     """What is written of an evaluation."""
 
     robustness: dict[str, Any]
@@ -79,8 +79,8 @@ class Findings(NamedTuple):
     def accuracies(self) -> dict[str, dict[str, float]]:
         """model -> attack -> accuracy."""
         return {
-            name: {key: figure["accuracy"] for key, figure in found["attacks"].items()}
-            for name, found in self.robustness["models"].items()
+            name: {key: figure["accuracy"] for key, figure in model["attacks"].items()}
+            for name, model in self.robustness["models"].items()
         }
 
     def write(self, folder: Path) -> None:
@@ -93,128 +93,138 @@ class Findings(NamedTuple):
         files.write_text(folder / "robustness.json", report.json_text())
 
 
-class _Examined(NamedTuple):
-    measured: Measurement
-    against_eps: EpsCurve
-    against_steps: StepsCurve
+class _CheckImages(NamedTuple):
+    """The test images of curves and self-checks."""
+
+    image_ids: Tensor
+    split: Split
 
 
-def examine(subjects: Mapping[str, Subject], conditions: Conditions) -> Findings:
-    """Every attack, curve and self-check of every subject; the one called "target" chooses the images to show.
+class _AttackedModel(NamedTuple):
+    """What the attacks made of a model; its self-checks come once all models have been attacked."""
 
-    Finished batches are kept in `conditions.state` until `forget`: the same call continues an interrupted one. Under
-    torchrun every process calls it alike, takes its share, and gets the whole.
+    attacks: ModelFigures
+    eps_curve: EpsCurve
+    steps_curve: StepsCurve
+
+
+def evaluate_models(models: Mapping[str, LoadedModel], setup: EvaluationSetup) -> EvaluationResult:
+    """Every attack, curve and self-check of every model; the one called "target" chooses the images to show.
+
+    Finished batches are cached in `setup.cache_root` until `clear_cache`: the same call continues an interrupted one.
+    Under torchrun every process calls it alike, takes its share, and gets the whole.
 
     Raises:
         Interrupted: by SIGINT or SIGTERM.
     """
     try:
-        return _examine(subjects, conditions)
+        return _evaluate_models(models, setup)
     except KeyboardInterrupt:
-        raise Interrupted(f"finished batches are kept in {conditions.state}: run it again to continue.") from None
+        raise Interrupted(f"finished batches are kept in {setup.cache_root}: run it again to continue.") from None
 
 
-def forget(subjects: Mapping[str, Subject], conditions: Conditions) -> None:
-    """Remove what was kept."""
-    for subject in subjects.values():
-        shutil.rmtree(conditions.kept(subject), ignore_errors=True)
+def clear_cache(models: Mapping[str, LoadedModel], setup: EvaluationSetup) -> None:
+    """Remove the models' finished batches."""
+    for evaluated in models.values():
+        shutil.rmtree(setup.cache_folder(evaluated), ignore_errors=True)
 
 
-def _examine(subjects: Mapping[str, Subject], conditions: Conditions) -> Findings:
-    settings, test = conditions.settings, conditions.test
-    checked = balanced_order(test.labels, conditions.seed)[: settings.check_images].sort().values
-    part = test.take(checked)
-    runtime.set_precision(settings.precision)
-    examined = {name: _attacked(name, subject, conditions, part, checked) for name, subject in subjects.items()}
-    gallery = _gallery(subjects, conditions, checked, examined["target"].against_eps)
-    models = {
-        name: {
-            "architecture": subject.metadata["architecture"],
-            "weights_sha256": subject.metadata["weights_sha256"],
-            "attacks": examined[name].measured.figures,
-            "checks": _checks(name, subjects, conditions, part, checked, examined[name], gallery),
-            "curves": {"eps": examined[name].against_eps.points, "steps": examined[name].against_steps.points},
-            "confusion": {"attack": "pgd", "counts": _confusion(examined[name].measured, len(conditions.classes))},
-        }
-        for name, subject in subjects.items()
-    }
+def _evaluate_models(models: Mapping[str, LoadedModel], setup: EvaluationSetup) -> EvaluationResult:
+    image_ids = balanced_order(setup.test.labels, setup.seed)[: setup.settings.check_images].sort().values
+    check_images = _CheckImages(image_ids, setup.test.take(image_ids))
+    runtime.set_precision(setup.settings.precision)
+    attacked = {name: _attack(name, evaluated, setup, check_images) for name, evaluated in models.items()}
+    gallery = _gallery(models, setup, image_ids, attacked["target"].eps_curve)
+    checks = {name: _self_checks(name, models, setup, check_images, attacked[name], gallery) for name in models}
     robustness = {
         "data": {
-            "source": conditions.source,
-            "hash": conditions.data_hash,
-            "classes": conditions.classes,
-            "test_images": len(test),
+            "source": setup.source,
+            "hash": setup.data_hash,
+            "classes": setup.classes,
+            "test_images": len(setup.test),
         },
-        "seed": conditions.seed,
-        "precision": settings.precision,
-        "device": str(next(subjects["target"].model.parameters()).device),
-        "norm": settings.norm,
-        "models": models,
+        "seed": setup.seed,
+        "precision": setup.settings.precision,
+        "device": str(next(models["target"].model.parameters()).device),
+        "norm": setup.settings.norm,
+        "models": {
+            name: _model_figures(models[name], attacked[name], checks[name], len(setup.classes)) for name in models
+        },
     }
-    frames = [found.measured.examples.assign(model=name) for name, found in examined.items()]
-    return Findings(robustness, pd.concat(frames, ignore_index=True), gallery)
+    examples = [part.attacks.examples.assign(model=name) for name, part in attacked.items()]
+    return EvaluationResult(robustness, pd.concat(examples, ignore_index=True), gallery)
 
 
-def _attacked(name: str, subject: Subject, conditions: Conditions, part: Split, checked: Tensor) -> _Examined:
-    settings, folder = conditions.settings, conditions.kept(subject)
-    measured = measure(
-        subject.model,
-        conditions.test,
-        settings,
-        classes=len(conditions.classes),
-        seed=conditions.seed,
+def _attack(name: str, evaluated: LoadedModel, setup: EvaluationSetup, check_images: _CheckImages) -> _AttackedModel:
+    config, model = setup.config(evaluated), evaluated.model
+    figures = evaluate_model(
+        model,
+        setup.test,
+        setup.settings,
+        classes=len(setup.classes),
+        seed=setup.seed,
         description=name,
-        folder=folder,
+        cache_folder=config.cache_folder,
     )
-    common: dict[str, Any] = {"eps": settings.eps, "steps": settings.steps, "numbers": checked, **conditions.options()}
-    common["folder"] = folder / "curve"
-    against_eps = curves.against_eps(
-        subject.model, part, step_size=settings.step_size, restarts=settings.restarts, **common
+    image_ids, split = check_images
+    cached = config.cached_in("curve")
+    return _AttackedModel(
+        figures,
+        curves.against_eps(model, split, cached, image_ids=image_ids),
+        curves.against_steps(model, split, cached, image_ids=image_ids),
     )
-    against_steps = curves.against_steps(subject.model, part, **common)
-    return _Examined(measured, against_eps, against_steps)
 
 
-def _checks(
+def _self_checks(
     name: str,
-    subjects: Mapping[str, Subject],
-    conditions: Conditions,
-    part: Split,
-    checked: Tensor,
-    examined: _Examined,
+    models: Mapping[str, LoadedModel],
+    setup: EvaluationSetup,
+    check_images: _CheckImages,
+    attacked: _AttackedModel,
     gallery: Mapping[str, Tensor],
-) -> list[dict[str, Any]]:
-    """What the self-checks found, as robustness.json has it."""
+) -> list[SelfCheck]:
     from tasks.evaluation import autoattack
 
-    settings = conditions.settings
-    examples = examined.measured.examples
-    found = self_checks.examine(
-        subjects[name].model,
-        part,
-        eps_curve=examined.against_eps,
-        steps_curve=examined.against_steps,
+    settings, examples = setup.settings, attacked.attacks.examples
+    return run_self_checks(
+        models[name].model,
+        check_images.split,
+        setup.config(models[name]).cached_in("checks"),
+        eps_curve=attacked.eps_curve,
+        steps_curve=attacked.steps_curve,
         distances={
             key: _tensor(examples["distance"][examples["attack"] == key])
-            for key in examined.measured.figures
+            for key in attacked.attacks.figures
             if key != "worst"  # no attack of its own
         },
         saved=(gallery["clean"], gallery[f"{name}_adversarial"]),
-        eps=settings.eps,
-        step_size=settings.step_size,
-        steps=settings.steps,
-        other=next(((other, subject.model) for other, subject in subjects.items() if other != name), None),
-        black_box=autoattack.square(settings.eps, settings.norm, conditions.seed, _CHECK_QUERIES),
-        numbers=checked,
-        folder=conditions.kept(subjects[name]) / "checks",
-        **conditions.options(),
+        other=next(((other, evaluated.model) for other, evaluated in models.items() if other != name), None),
+        black_box_attack=autoattack.Square(
+            eps=settings.eps, norm=settings.norm, seed=setup.seed, queries=_CHECK_QUERIES
+        ),
+        image_ids=check_images.image_ids,
     )
-    return [check._asdict() for check in found]
 
 
-def _confusion(measured: Measurement, classes: int) -> list[list[int]]:
+def _model_figures(
+    evaluated: LoadedModel, attacked: _AttackedModel, checks: list[SelfCheck], classes: int
+) -> dict[str, Any]:
+    """A model's part of robustness.json."""
+    return {
+        "architecture": evaluated.metadata["architecture"],
+        "weights_sha256": evaluated.metadata["weights_sha256"],
+        "attacks": attacked.attacks.figures,
+        "checks": [
+            {"key": check.key, "name": check.name, "passed": check.passed, "found": check.detail} for check in checks
+        ],
+        "curves": {"eps": attacked.eps_curve.points, "steps": attacked.steps_curve.points},
+        "confusion": {"attack": "pgd", "counts": _confusion(attacked.attacks.examples, classes)},
+    }
+
+
+def _confusion(examples: pd.DataFrame, classes: int) -> list[list[int]]:
     """Rows labels, columns predictions under PGD."""
-    rows = measured.examples[measured.examples["attack"] == "pgd"]
+    rows = examples[examples["attack"] == "pgd"]
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     index = (_tensor(rows[column]) for column in ("label", "prediction"))
     return counts.index_put(tuple(index), torch.ones(len(rows), dtype=torch.int64), accumulate=True).tolist()
@@ -225,29 +235,29 @@ def _tensor(column: "pd.Series[Any]") -> Tensor:
 
 
 def _gallery(
-    subjects: Mapping[str, Subject], conditions: Conditions, checked: Tensor, curve: EpsCurve
+    models: Mapping[str, LoadedModel], setup: EvaluationSetup, image_ids: Tensor, curve: EpsCurve
 ) -> dict[str, Tensor]:
-    """Test images that the target gets right, those that fall to the smallest eps first; each model's PGD twins."""
-    settings = conditions.settings
+    """Test images that the target gets right, those that it misclassifies at the smallest eps first; with each model's
+    adversarial image of them under PGD.
+
+    Args:
+        image_ids: of the curve's images.
+        curve: of the target.
+    """
     smallest = curve.smallest_eps
     order = smallest.argsort(stable=True)
     order = order[smallest[order] > 0][:_GALLERY]  # at 0 are those that are wrong as they are
     if not len(order):
-        order = torch.arange(min(_GALLERY, len(checked)))
-    index = checked[order]
-    chosen = conditions.test.take(index)
+        order = torch.arange(min(_GALLERY, len(image_ids)))
+    index = image_ids[order]
+    chosen = setup.test.take(index)
     tensors = {"index": index, "labels": chosen.labels, "clean": chosen.images, "smallest_eps": smallest[order]}
-    attack = evaluation.pgd(settings.eps, settings.step_size, settings.steps, settings.norm, settings.restarts)
-    options: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "seed": conditions.seed,
-        "precision": settings.precision,
-    }
-    for name, (model, _) in subjects.items():
-        device = next(model.parameters()).device
-        x_adv = evaluation.perturb(model, chosen, attack, numbers=index, **options)
+    for name, evaluated in models.items():
+        model, config = evaluated.model, replace(setup.config(evaluated), cache_folder=None)
+        x_adv = adversarial_images(model, chosen, config.pgd, config, image_ids=index)
         tensors[f"{name}_adversarial"] = x_adv.contiguous()
-        with under_attack(model), torch.no_grad(), runtime.autocast(device, settings.precision):
-            tensors[f"{name}_clean_prediction"] = model(to_float(chosen.images).to(device)).argmax(1).cpu()
-            tensors[f"{name}_adversarial_prediction"] = model(x_adv.to(device)).argmax(1).cpu()
+        with under_attack(model), torch.no_grad(), runtime.autocast(config.device, config.precision):
+            x = to_float(chosen.images).to(config.device)
+            tensors[f"{name}_clean_prediction"] = model(x).argmax(1).cpu()
+            tensors[f"{name}_adversarial_prediction"] = model(x_adv.to(config.device)).argmax(1).cpu()
     return tensors

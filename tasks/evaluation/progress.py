@@ -1,4 +1,4 @@
-"""An evaluation seen while it runs: which attack, on how many images that still stand, and how much time is left."""
+"""An evaluation seen while it runs: which attack, on how many images that are still robust, how much time is left."""
 
 import sys
 import time
@@ -13,18 +13,18 @@ class Step(NamedTuple):
 
     name: str
     images: int
-    passes: int  # of an image that stands to the end: forward passes, and backward ones
+    passes: int  # of an image that is robust to the end: forward passes, and backward ones
 
 
 class Progress:
     """Counts the passes of single images through the model: a bar on a terminal, elsewhere a line for each attack."""
 
-    def __init__(self, what: str, model: nn.Module, plan: list[Step], *, show: bool) -> None:
-        self.what, self.plan, self.show = what, plan, show
+    def __init__(self, title: str, model: nn.Module, plan: list[Step], *, show: bool) -> None:
+        self.title, self.plan, self.show = title, plan, show
         total = sum(step.images * step.passes for step in plan)
         disable = None if show else True
         self.bar = tqdm(total=total, disable=disable, leave=False, file=sys.stderr, unit=" passes", unit_scale=True)
-        self.done, self.begun = 0, time.monotonic()
+        self.passes, self.started = 0, time.monotonic()
         self.hook = model.register_forward_hook(self._count)
 
     def __enter__(self) -> "Progress":
@@ -34,21 +34,21 @@ class Progress:
         self.hook.remove()
         self.bar.close()
 
-    def begin(self, name: str, standing: int) -> None:
-        """An attack of the plan starts on the images that stand; those after it will find no more of theirs."""
+    def begin(self, name: str, robust: int) -> None:
+        """An attack of the plan starts on the images that are robust so far; those after it will get no more."""
         place = [step.name for step in self.plan].index(name)
-        share = standing / max(self.plan[place].images, 1)
+        share = robust / max(self.plan[place].images, 1)
         left = share * sum(step.images * step.passes for step in self.plan[place:])
-        line = f"{self.what}: {name}, {standing} images stand"
+        line = f"{self.title}: {name}, {robust} images"
         if self.show and self.bar.disable:
-            seconds = (time.monotonic() - self.begun) / self.done * left if self.done else 0.0
+            seconds = (time.monotonic() - self.started) / self.passes * left if self.passes else 0.0
             print(f"{line}{f', about {_duration(seconds)} left' if seconds >= 1 else ''}", flush=True)
-        self.bar.total = self.done + int(left)
+        self.bar.total = self.passes + int(left)
         self.bar.set_description(line)
 
     def _count(self, model: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
         passes = len(logits) * (2 if inputs[0].requires_grad else 1)
-        self.done += passes
+        self.passes += passes
         self.bar.update(passes)
 
 

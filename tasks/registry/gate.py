@@ -144,7 +144,7 @@ def _against_champion(client: "MlflowClient", settings: Settings, paths: Paths, 
 
 def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVersion", weights: Path) -> float:
     """Attack the model at `weights` on the present test images, on which the challenger was measured."""
-    from tasks.evaluation.evaluate_model import measure
+    from tasks.evaluation.evaluate_model import evaluate_model
 
     present = {"data_hash": read_manifest(paths)["hash"], "evaluation_hash": settings.hash("seed", "evaluate")}
     if identity_of(challenger) != identity_of(challenger).model_copy(update=present):
@@ -157,7 +157,7 @@ def _robust_accuracy_here(settings: Settings, paths: Paths, challenger: "ModelVe
     attacks = settings.evaluate
     if attacks.autoattack_images < len(test):  # then it is no part of the worst of all images
         attacks = attacks.model_copy(update={"autoattack_images": 0})
-    measured = measure(
+    measured = evaluate_model(
         model, test, attacks, classes=len(metadata["classes"]), seed=settings.seed, description="champion"
     )
     return float(measured.figures["worst"]["accuracy"])

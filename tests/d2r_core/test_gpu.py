@@ -11,7 +11,9 @@ import toy
 from torch import Tensor
 
 from d2r_core import data, models, runtime
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import PGD
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.run import run_attack
 from d2r_core.interruption import Interrupted
 from d2r_core.runtime import Compile, Precision
 from d2r_core.training.methods import D2R, Attack
@@ -151,11 +153,12 @@ def test_an_interrupted_training_learns_as_well() -> None:
 
 def test_evaluation_is_the_cpus() -> None:
     split, model = toy.split(1, 64), toy.network(0).eval()
-    outcomes = [
-        evaluation.run(model.to(device), split, evaluation.pgd(0.1, 0.025, 5), batch_size=size, seed=0)
+    attack = PGD(eps=0.1, step_size=0.025, steps=5)
+    results = [
+        run_attack(model.to(device), split, attack, EvaluationConfig(batch_size=size, seed=0, device=device))
         for device, size in ((toy.CPU, 64), (GPU, 64), (GPU, 24))
     ]
-    cpu, gpu, other = (outcome.predictions for outcome in outcomes)
+    cpu, gpu, other = (result.predictions for result in results)
     assert (cpu != gpu).sum() <= 2
     assert (other != gpu).sum() <= 2
 

@@ -15,7 +15,9 @@ from conftest import SHARED
 from typer.testing import CliRunner
 
 from d2r_core import checkpoint, models
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import Clean
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.run import run_attack
 from d2r_core.data import Split, save_split
 from d2r_core.errors import UserError
 from flows.cli import app
@@ -61,9 +63,10 @@ def test_a_published_checkpoint_and_our_own_give_the_same_figures(folder: Path) 
     pgd = attacks("a")["pgd"]
     assert (pgd.eps, pgd.steps, pgd.images) == (0.2, 3, 10)
     assert pgd.step_size == pytest.approx(0.05 * 0.2 / digits.EPS)
-    outcome = evaluation.run(digits.model(), digits.unseen(10), evaluation.clean(), batch_size=10, seed=0)
+    config = EvaluationConfig(batch_size=10, seed=0, device=torch.device("cpu"))
+    result = run_attack(digits.model(), digits.unseen(10), Clean(), config)
     rows = pd.read_parquet("a/examples.parquet")
-    assert rows[rows["attack"] == "clean"]["prediction"].tolist() == outcome.predictions.tolist()
+    assert rows[rows["attack"] == "clean"]["prediction"].tolist() == result.predictions.tolist()
     assert "3 steps of 0.06667" in Path("a/report.html").read_text()
     assert not list((folder / "state").iterdir())
 
@@ -127,10 +130,8 @@ def test_the_known_answer_of_a_published_model(monkeypatch: pytest.MonkeyPatch) 
     model = models.build("resnet18", num_classes=10, image_size=32, strides=(1, 2, 2, 2))
     models.load_weights(model, Path(pyautoattack.__file__).parent / "examples/model_test.pt")
     split = cifar10(every=100)
-    clean, pgd = (
-        evaluation.run(model, split, attack, batch_size=50, seed=0).correct(split.labels)
-        for attack in (evaluation.clean(), evaluation.pgd(8 / 255, 2 / 255, 20))
-    )
+    config = EvaluationConfig(batch_size=50, seed=0, device=torch.device("cpu"))
+    clean, pgd = (run_attack(model, split, attack, config).correct(split.labels) for attack in (Clean(), config.pgd))
     assert len(split) == 100
     assert clean.sum() == 94
     assert pgd.sum() == 0

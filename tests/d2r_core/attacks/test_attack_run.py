@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import digits
 import pandas as pd
 import pytest
 import torch
+from digits import FunctionAttack
 from torch import Tensor, nn
 
 from d2r_core import checkpoint
-from d2r_core.attacks import norms
-from d2r_core.attacks import pgd as attacks
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import PGD, Clean, cw, fgsm, norms, pgd
+from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.norms import Norm
-from d2r_core.attacks.run import Attack, Noise, Outcome
+from d2r_core.attacks.pgd import LossName, Noise
+from d2r_core.attacks.run import Attack, AttackResult, run_attack
 from d2r_core.data import to_float
 from d2r_core.interruption import Interrupted
 from tasks import evaluate, prepare
@@ -32,75 +34,106 @@ BALLS: list[tuple[Norm, float]] = [("Linf", digits.EPS), ("L2", 0.9)]
 ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
 
 
-def run(attack: Attack, count: int = 60, **options: Any) -> tuple[Outcome, Tensor]:
-    """The outcome and what is right, on images that the model has not seen."""
+def config(**changes: Any) -> EvaluationConfig:
+    values: dict[str, Any] = {"batch_size": 60, "seed": 0, "device": torch.device("cpu")}
+    return EvaluationConfig(**values | changes)
+
+
+def run(attack: Attack, count: int = 60, **changes: Any) -> tuple[AttackResult, Tensor]:
+    """The result and what is correct, on images that the model has not seen."""
     split = digits.unseen(count)
-    outcome = evaluation.run(digits.model(), split, attack, **{"batch_size": 60, "seed": 0, **options})
-    return outcome, outcome.correct(split.labels)
+    result = run_attack(digits.model(), split, attack, config(**changes))
+    return result, result.correct(split.labels)
 
 
 @pytest.mark.parametrize(("norm", "eps"), BALLS)
-@pytest.mark.parametrize("attack", [evaluation.pgd, evaluation.cw])
-def test_pgd_falls_at_every_iterate_that_misleads_and_stays_in_the_ball(
-    norm: Norm, eps: float, attack: Callable[..., Attack]
-) -> None:
-    _, clean = run(evaluation.clean())
-    found: list[Tensor] = []
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_pgd_counts_every_iterate_that_misleads_and_stays_in_the_ball(norm: Norm, eps: float, loss: LossName) -> None:
+    _, clean = run(Clean())
+    attack = PGD(eps=eps, step_size=eps / 4, steps=10, norm=norm, loss=loss)
+    adversarial: list[Tensor] = []
 
-    def kept(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        found.append(attack(eps, eps / 4, 10, norm)(model, x, y, noise))
-        assert found[0].min() >= 0
-        assert found[0].max() <= 1
-        return found[0]
+    def recorded(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        adversarial.append(attack(model, x, y, noise))
+        assert adversarial[0].min() >= 0
+        assert adversarial[0].max() <= 1
+        return adversarial[0]
 
-    outcome, right = run(kept, norm=norm)
+    result, robust = run(FunctionAttack(recorded), norm=norm)
     x = to_float(digits.unseen(60).images)
-    assert torch.equal(outcome.distances, norms.size(found[0].double() - x.double(), norm))
-    assert outcome.distances.max() <= eps + 1e-6
-    assert torch.all(outcome.distances[~clean] == 0), "what is wrong anyway is not attacked"
-    assert outcome.distances[right].min() > eps / 2
-    assert right.sum() < clean.sum()
+    assert torch.equal(result.distances, norms.norm(adversarial[0].double() - x.double(), norm))
+    assert result.distances.max() <= eps + 1e-6
+    assert torch.all(result.distances[~clean] == 0), "what is wrong anyway is not attacked"
+    assert result.distances[robust].min() > eps / 2
+    assert robust.sum() < clean.sum()
 
-    _, once = run(attack(eps, eps / 4, 10, norm), norm=norm)
-    _, thrice = run(attack(eps, eps / 4, 10, norm, restarts=3), norm=norm)
-    assert torch.equal(once, right)
+    _, once = run(attack, norm=norm)
+    _, thrice = run(replace(attack, restarts=3), norm=norm)
+    assert torch.equal(once, robust)
     assert not torch.any(thrice & ~once), "a restart takes nothing back"
 
 
 def test_every_iterate_is_never_weaker_than_the_last_one() -> None:
     def published(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return attacks.pgd(model, x, y, eps=0.15, step_size=0.06, steps=10, noise=noise(0))
+        return pgd(model, x, y, eps=0.15, step_size=0.06, steps=10, noise=noise(0))
 
-    _, last = run(published, count=200, batch_size=200)
-    _, every = run(evaluation.pgd(0.15, 0.06, 10), count=200, batch_size=200)
+    attack = PGD(eps=0.15, step_size=0.06, steps=10)
+    _, last = run(FunctionAttack(published), count=200, batch_size=200)
+    _, every = run(attack, count=200, batch_size=200)
     assert not torch.any(every & ~last)
+    _, same_last = run(replace(attack, any_iterate=False), count=200, batch_size=200)
+    assert (same_last != last).sum() <= 1, "the published attack, but for rounding"
 
 
 def test_fgsm_is_one_step_from_the_clean_image() -> None:
     model, split = digits.model(), digits.unseen(60)
     x, y = to_float(split.images), split.labels
-    outcome, right = run(evaluation.fgsm(0.15))
-    one_step = attacks.pgd(model, x, y, eps=0.15, step_size=0.15, steps=1, noise=torch.zeros_like(x))
-    assert torch.equal(right, (model(one_step).argmax(1) == y) & (model(x).argmax(1) == y))
-    assert outcome.distances.max() <= 0.15 + 1e-6
+    result, robust = run(fgsm(0.15))
+    one_step = pgd(model, x, y, eps=0.15, step_size=0.15, steps=1, noise=torch.zeros_like(x))
+    assert torch.equal(robust, (model(one_step).argmax(1) == y) & (model(x).argmax(1) == y))
+    assert result.distances.max() <= 0.15 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("attack", "name"),
+    [
+        (Clean(), "clean"),
+        (fgsm(0.001), "FGSM"),
+        (PGD(eps=0.001, step_size=0.001, steps=20), "PGD-20"),
+        (PGD(eps=0.001, step_size=0.001, steps=3, restarts=2), "PGD-3"),
+        (PGD(eps=0.001, step_size=0.001, steps=3, any_iterate=False), "PGD-3"),
+        (cw(eps=0.001, step_size=0.001, steps=5), "CW-5"),
+    ],
+)
+def test_an_attack_knows_its_name_and_what_a_robust_image_costs(attack: Attack, name: str) -> None:
+    model, split = digits.model(), digits.unseen(60)
+    correct = run_attack(model, split, Clean(), config()).correct(split.labels)
+    passes: list[int] = []
+    model.register_forward_hook(
+        lambda model, inputs, logits: passes.append(len(logits) * (2 if inputs[0].requires_grad else 1))
+    )
+    result = run_attack(model, split.take(correct.nonzero().squeeze(1)), attack, config())
+    assert (result.margins > 0).all(), "so small a radius leaves all robust"
+    assert sum(passes) == attack.passes * len(result.margins)
+    assert attack.name == name
 
 
 @pytest.mark.parametrize(("norm", "eps"), BALLS)
 def test_no_image_depends_on_its_company(norm: Norm, eps: float) -> None:
-    attack = evaluation.pgd(eps, eps / 4, 5, norm, restarts=2)
+    attack = PGD(eps=eps, step_size=eps / 4, steps=5, norm=norm, restarts=2)
     whole, _ = run(attack, norm=norm)
     for size in (1, 7):
         same(run(attack, norm=norm, batch_size=size)[0], whole)
     few = torch.tensor([31, 2, 17, 8, 25])
-    part = evaluation.run(
-        digits.model(), digits.unseen(60).take(few), attack, batch_size=2, seed=0, norm=norm, numbers=few
+    part = run_attack(
+        digits.model(), digits.unseen(60).take(few), attack, config(batch_size=2, norm=norm), image_ids=few
     )
-    same(part, Outcome(*(column[few] for column in whole)))
+    same(part, AttackResult(*(column[few] for column in whole)))
     other, _ = run(attack, norm=norm, seed=1)
     assert not torch.equal(other.distances, whole.distances)
 
 
-def same(one: Outcome, other: Outcome) -> None:
+def same(one: AttackResult, other: AttackResult) -> None:
     assert torch.equal(one.predictions, other.predictions)
     torch.testing.assert_close(one.margins, other.margins, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(one.distances, other.distances, rtol=1e-3, atol=1e-3)
@@ -114,14 +147,15 @@ def test_finished_batches_are_not_attacked_again_and_a_damaged_one_is(tmp_path: 
         if len(attacked) == stop_at:
             raise KeyboardInterrupt
         attacked.append(len(x))
-        return evaluation.fgsm(0.15)(model, x, y, noise)
+        return fgsm(0.15)(model, x, y, noise)
 
-    whole, _ = run(evaluation.fgsm(0.15), batch_size=10)
+    attack = FunctionAttack(interrupted)
+    whole, _ = run(fgsm(0.15), batch_size=10)
     with pytest.raises(KeyboardInterrupt):
-        run(interrupted, batch_size=10, folder=tmp_path)
+        run(attack, batch_size=10, cache_folder=tmp_path)
     (tmp_path / "00001.safetensors").write_bytes(b"torn")
     stop_at = 100
-    again, _ = run(interrupted, batch_size=10, folder=tmp_path)
+    again, _ = run(attack, batch_size=10, cache_folder=tmp_path)
     assert len(attacked) == 3 + 1 + 3, "three before, the damaged one, the other three"
     assert all(torch.equal(one, other) for one, other in zip(again, whole, strict=True))
 
@@ -145,7 +179,7 @@ def test_a_killed_evaluation_is_continued_by_other_processes_to_the_same_figures
     settings, paths = project
     evaluate.run(settings, paths)
     figures, examples = paths.robustness.read_text(), pd.read_parquet(paths.examples)
-    assert not list(paths.state.iterdir()), "what was kept is gone"
+    assert not list(paths.state.iterdir()), "the cache is cleared"
     for written in (paths.robustness, paths.examples, paths.gallery, paths.metrics):
         written.unlink()
 
@@ -155,15 +189,15 @@ def test_a_killed_evaluation_is_continued_by_other_processes_to_the_same_figures
         time.sleep(0.002)
     os.kill(stage.pid, signal.SIGKILL)
     assert stage.wait() == -signal.SIGKILL
-    kept = {path: path.stat().st_mtime_ns for path in paths.state.rglob("[0-9]*.safetensors")}
-    assert kept
+    cached = {path: path.stat().st_mtime_ns for path in paths.state.rglob("[0-9]*.safetensors")}
+    assert cached
     assert not paths.robustness.exists()
 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "-m", "tasks.evaluate"]
-    done = subprocess.run(command, cwd=paths.root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("target: clean") == 2, "the first process alone speaks: a line of progress, the figures"
+    process = subprocess.run(command, cwd=paths.root, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("target: clean") == 2, "the first process alone speaks: a line of progress, the figures"
     assert strip(paths.robustness.read_text()) == strip(figures)
     pd.testing.assert_frame_equal(pd.read_parquet(paths.examples), examples, rtol=1e-3, atol=1e-3)
     assert not list(paths.state.iterdir())
@@ -183,7 +217,7 @@ def test_an_interruption_says_that_it_can_be_continued(
     def stopped(*arguments: Any, **options: Any) -> Tensor:
         raise KeyboardInterrupt  # what stage.main makes of SIGTERM, and Python of Ctrl-C
 
-    monkeypatch.setattr(attacks, "search", stopped)
+    monkeypatch.setattr(PGD, "__call__", stopped)
     with pytest.raises(Interrupted, match=r"finished batches are kept in .*state: run it again to continue"):
         evaluate.run(*project)
     assert list(project[1].state.rglob("clean/*.safetensors"))

@@ -11,23 +11,25 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
+from digits import FunctionAttack
 from pyautoattack.square import SquareAttack
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from toy import CPU
 
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import Clean
+from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.norms import Norm
-from d2r_core.attacks.run import Attack, Noise
+from d2r_core.attacks.pgd import Noise
+from d2r_core.attacks.run import adversarial_images, run_attack
 from d2r_core.data import Split
 from d2r_core.evaluation import curves, self_checks
-from d2r_core.evaluation.self_checks import Check
+from d2r_core.evaluation.self_checks import SELF_CHECKS, SelfCheck, run_self_checks
 from d2r_core.training import trainer
 from d2r_core.training.methods import AdversarialTraining, Standard
 
 EPS = 0.15
 IMAGES = 60
-OPTIONS: dict[str, Any] = {"batch_size": 40, "seed": 0}
 
 
 class Trained(NamedTuple):
@@ -69,7 +71,7 @@ def trained() -> Trained:
             crop_padding=0,
             flip=False,
             seed=0,
-            criteria={"clean_accuracy": evaluation.clean()},
+            criteria={"clean_accuracy": Clean()},
             log=lambda metrics, epoch: None,
         )
         model.load_state_dict(kept.state)
@@ -97,49 +99,54 @@ class Defended(nn.Module):
         return self.after(self.model(self.before(x)))
 
 
-def square(eps: float, norm: Norm) -> Attack:
+def square(eps: float, norm: Norm) -> Callable[[nn.Module, Tensor, Tensor, Noise], Tensor]:
     """AutoAttack's black box, with few queries."""
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        found = SquareAttack(model, norm=norm, eps=eps, n_queries=300, seed=0, device="cpu", resc_schedule=False)
-        return cast(Tensor, found.perturb(x.contiguous(), y))  # its L2 views fail on channels-last images
+        authors = SquareAttack(model, norm=norm, eps=eps, n_queries=300, seed=0, device="cpu", resc_schedule=False)
+        return cast(Tensor, authors.perturb(x.contiguous(), y))  # its L2 views fail on channels-last images
 
     return attack
 
 
-def examine(model: nn.Module, test: Split, *, other: nn.Module, eps: float = EPS, norm: Norm = "Linf") -> list[Check]:
-    plan: dict[str, Any] = {"eps": eps, "steps": 10, "norm": norm, **OPTIONS}
-    step_size = eps / 4
-    pgd = evaluation.pgd(eps, step_size, 10, norm)
-    return self_checks.examine(
+def config(**values: Any) -> EvaluationConfig:
+    return EvaluationConfig(batch_size=40, seed=0, device=CPU, **values)
+
+
+def check_all(
+    model: nn.Module, test: Split, *, other: nn.Module, eps: float = EPS, norm: Norm = "Linf"
+) -> list[SelfCheck]:
+    plan = config(eps=eps, step_size=eps / 4, steps=10, norm=norm)
+    return run_self_checks(
         model,
         test,
-        eps_curve=curves.against_eps(model, test, step_size=step_size, **plan),
-        steps_curve=curves.against_steps(model, test, **plan),
-        distances={"pgd": evaluation.run(model, test, pgd, norm=norm, **OPTIONS).distances},
-        saved=(test.images, evaluation.perturb(model, test, pgd, **OPTIONS)),
-        step_size=step_size,
+        plan,
+        eps_curve=curves.against_eps(model, test, plan),
+        steps_curve=curves.against_steps(model, test, plan),
+        distances={"pgd": run_attack(model, test, plan.pgd, plan).distances},
+        saved=(test.images, adversarial_images(model, test, plan.pgd, plan)),
         other=("other model", other),
-        black_box=square(eps, norm),
-        **plan,
+        black_box_attack=FunctionAttack(square(eps, norm)),
     )
 
 
 def test_each_check_is_explained(trained: Trained) -> None:
     explained = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
-    for check in examine(trained.usual, trained.test.take(torch.arange(2)), other=trained.robust):
+    checks = check_all(trained.usual, trained.test.take(torch.arange(2)), other=trained.robust)
+    assert tuple(check.key for check in checks) == SELF_CHECKS
+    for check in checks:
         assert f'### <a id="{check.key.replace("_", "-")}"></a>{check.name}\n' in explained
 
 
-def failed(found: list[Check]) -> set[str]:
-    return {check.key for check in found if check.passed is False}
+def failed(checks: list[SelfCheck]) -> set[str]:
+    return {check.key for check in checks if check.passed is False}
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", EPS), ("L2", 1.0)])
 def test_honest_models_pass_every_check(trained: Trained, norm: Norm, eps: float) -> None:
     for model, other in ((trained.usual, trained.robust), (trained.robust, trained.usual)):
-        found = examine(model, trained.test, other=other, eps=eps, norm=norm)
-        assert [check.passed for check in found] == [True] * 10, found
+        checks = check_all(model, trained.test, other=other, eps=eps, norm=norm)
+        assert [check.passed for check in checks] == [True] * 10, checks
 
 
 # What is done to the input or the logits, and which checks see it; more may.
@@ -164,20 +171,20 @@ DEFENCES: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], set[str]]] = {
 @pytest.mark.parametrize("name", DEFENCES)
 def test_a_model_that_hides_its_gradients_is_caught(trained: Trained, name: str) -> None:
     defence, expected = DEFENCES[name]
-    found = examine(Defended(trained.usual, **defence), trained.test, other=trained.robust)
-    assert failed(found) >= expected, found
+    checks = check_all(Defended(trained.usual, **defence), trained.test, other=trained.robust)
+    assert failed(checks) >= expected, checks
 
 
 def test_20_images_are_enough(trained: Trained) -> None:
     few = trained.test.take(torch.arange(20))
-    assert failed(examine(trained.usual, few, other=trained.robust)) == set()
+    assert failed(check_all(trained.usual, few, other=trained.robust)) == set()
     quantised = Defended(trained.usual, before=lambda x: (x * 8).round() / 8)
-    assert {"gradients", "large_eps"} <= failed(examine(quantised, few, other=trained.robust))
+    assert {"gradients", "large_eps"} <= failed(check_all(quantised, few, other=trained.robust))
 
 
 def test_noise_that_harms_more_than_a_quarter_of_the_attack_is_seen(trained: Trained) -> None:
     coarse = Defended(trained.usual, before=lambda x: (x * 2).round() / 2)
-    assert "noise" in failed(examine(coarse, trained.test, other=trained.robust, eps=0.5))
+    assert "noise" in failed(check_all(coarse, trained.test, other=trained.robust, eps=0.5))
 
 
 def test_a_model_that_stays_in_training_mode_is_caught(trained: Trained) -> None:
@@ -186,30 +193,29 @@ def test_a_model_that_stays_in_training_mode_is_caught(trained: Trained) -> None
             super().train(True)
             return self
 
-    found = {check.key: check for check in examine(Training(trained.usual), trained.test, other=trained.robust)}
-    assert found["eval_mode"].passed is False
-    assert "a module is in training mode" in found["eval_mode"].found
-    assert "the attacks changed model.1.running_mean" in found["eval_mode"].found
+    checks = {check.key: check for check in check_all(Training(trained.usual), trained.test, other=trained.robust)}
+    assert checks["eval_mode"].passed is False
+    assert "a module is in training mode" in checks["eval_mode"].detail
+    assert "the attacks changed model.1.running_mean" in checks["eval_mode"].detail
 
 
-def test_what_is_not_given_is_not_asked(trained: Trained) -> None:
+def test_a_check_without_what_it_compares_with_is_skipped(trained: Trained) -> None:
     few = trained.test.take(torch.arange(10))
-    plan: dict[str, Any] = {"eps": EPS, "steps": 2, **OPTIONS}
+    plan = config(eps=EPS, step_size=EPS, steps=2)
     wrong = Split(few.images, (few.labels + 5) % 10)
-    found = self_checks.examine(
+    checks = run_self_checks(
         trained.usual,
         wrong,
-        eps_curve=curves.against_eps(trained.usual, wrong, step_size=EPS, **plan),
-        steps_curve=curves.against_steps(trained.usual, wrong, **plan),
+        plan,
+        eps_curve=curves.against_eps(trained.usual, wrong, plan),
+        steps_curve=curves.against_steps(trained.usual, wrong, plan),
         distances={},
         saved=(few.images, few.images / 255),
-        step_size=EPS,
-        **plan,
     )
-    unasked = {check.key: check.found for check in found if check.passed is None}
-    assert set(unasked) == {"black_box", "transfer", "gradients"}
-    assert unasked["black_box"] == "There was no black-box attack."
-    assert unasked["gradients"] == "The model gets no image right, so there is nothing to attack."
+    skipped = {check.key: check.detail for check in checks if check.passed is None}
+    assert set(skipped) == {"black_box", "transfer", "gradients"}
+    assert skipped["black_box"] == "There was no black-box attack."
+    assert skipped["gradients"] == "The model gets no image right, so there is nothing to attack."
 
 
 def test_perturbations_are_measured_again() -> None:
@@ -231,15 +237,15 @@ def test_perturbations_are_measured_again() -> None:
 
 
 def test_logits_are_told_from_probabilities() -> None:
-    answers = 4 * torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    assert self_checks.logits(answers).passed
-    assert self_checks.logits(answers.log_softmax(1)).passed  # logits too, as long as nothing was rounded away
+    outputs = 4 * torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    assert self_checks.logits(outputs).passed
+    assert self_checks.logits(outputs.log_softmax(1)).passed  # logits too, as long as nothing was rounded away
     for wrong, why in (
-        (answers.softmax(1), "between .* and .*: probabilities"),
-        (answers.sigmoid(), "not the range of logits"),
-        ((30 * answers).log_softmax(1), "logarithms of probabilities, rounded to 1 for [0-9]+ of 20 images"),
-        (answers.softmax(1).round().log(), "20 of 20 images are not finite"),
+        (outputs.softmax(1), "between .* and .*: probabilities"),
+        (outputs.sigmoid(), "not the range of logits"),
+        ((30 * outputs).log_softmax(1), "logarithms of probabilities, rounded to 1 for [0-9]+ of 20 images"),
+        (outputs.softmax(1).round().log(), "20 of 20 images are not finite"),
     ):
-        found = self_checks.logits(wrong)
-        assert not found.passed
-        assert re.search(why, found.found)
+        check = self_checks.logits(wrong)
+        assert not check.passed
+        assert re.search(why, check.detail)

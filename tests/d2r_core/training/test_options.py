@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import toy
 
 from d2r_core import data, runtime
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import Clean
 from d2r_core.training import awp, losses, methods, schedules, weight_average
 from d2r_core.training.methods import AdversarialTraining, Lbgat, Objective, Standard, Trades
 
@@ -163,7 +163,7 @@ def test_a_compiled_training_agrees_with_an_eager_one() -> None:
         objective: Objective = Standard(toy.network(0))
         runtime.compile_models(objective, compile=compile, device=toy.CPU)
         assert runtime.is_compiled(objective.model) == (compile == "on")
-        kept, _ = toy.fit(objective, epochs=1, batch_size=60, criteria={"clean_accuracy": evaluation.clean()})
+        kept, _ = toy.fit(objective, epochs=1, batch_size=60, criteria={"clean_accuracy": Clean()})
         return kept.state["fc.weight"]
 
     torch.testing.assert_close(trained("on"), trained("off"), rtol=1e-3, atol=1e-4)

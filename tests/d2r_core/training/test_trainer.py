@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from toy import ATTACK, CPU, d2r, fit, network, split
 
 from d2r_core import checkpoint, data, runtime
-from d2r_core.attacks import pgd as attacks
-from d2r_core.attacks import run as evaluation
+from d2r_core.attacks import PGD, Clean, fgsm, pgd
+from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.pgd import margin
+from d2r_core.attacks.run import Attack, accuracy_under, run_attack
 from d2r_core.data import Split
 from d2r_core.errors import UserError
+from d2r_core.evaluation.probes import RandomStep
 from d2r_core.models.winograd import Conv3x3, winograd
 from d2r_core.training import schedules
 from d2r_core.training.methods import Standard
@@ -79,7 +82,7 @@ def test_pgd_stays_in_the_ball_and_leaves_the_model_as_it_was(loss: Any) -> None
     model.get_submodule("bn1").eval()  # a mixed mode must come back too
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x, y = data.to_float(split(0).images), split(0).labels
-    x_adv = attacks.pgd(model, x, y, loss=loss, **ATTACK)
+    x_adv = pgd(model, x, y, loss=loss, **ATTACK)
     assert (x_adv - x).abs().max() <= ATTACK["eps"] + 1e-6
     assert x_adv.min() >= 0.0
     assert x_adv.max() <= 1.0
@@ -94,29 +97,28 @@ def test_attacks_grow_stronger_from_noise_to_fgsm_to_pgd_and_with_eps() -> None:
     model.load_state_dict(kept.state)
     images = split(2, 256)
 
-    def accuracy(attack: evaluation.Attack) -> float:
-        outcome = evaluation.run(model, images, attack, batch_size=64, seed=0)
-        return evaluation.accuracy(outcome.correct(images.labels))
+    def accuracy(attack: Attack) -> float:
+        return accuracy_under(model, images, attack, EvaluationConfig(batch_size=64, seed=0, device=CPU))
 
     eps = 0.15
-    noise = accuracy(lambda model, x, y, noise: (x + eps * noise(0).sign()).clamp(0, 1))
-    fgsm, pgd = accuracy(evaluation.fgsm(eps)), accuracy(evaluation.pgd(eps, eps / 4, 20))
-    assert accuracy(evaluation.clean()) >= noise >= fgsm >= pgd
-    assert pgd < noise
-    assert accuracy(evaluation.pgd(1.0, 0.1, 20)) == 0.0
+    noise, one_step = accuracy(RandomStep(eps, "Linf")), accuracy(fgsm(eps))
+    many_steps = accuracy(PGD(eps=eps, step_size=eps / 4, steps=20))
+    assert accuracy(Clean()) >= noise >= one_step >= many_steps
+    assert many_steps < noise
+    assert accuracy(PGD(eps=1.0, step_size=0.1, steps=20)) == 0.0
 
 
 def test_figures_do_not_depend_on_the_batch_size() -> None:
     model, images = network(0), split(2, 50)
-    attack = evaluation.pgd(**ATTACK)
-    one, many = (evaluation.run(model, images, attack, batch_size=size, seed=3) for size in (7, 50))
+    configs = (EvaluationConfig(batch_size=size, seed=3, device=CPU) for size in (7, 50))
+    one, many = (run_attack(model, images, PGD(**ATTACK), config) for config in configs)
     assert torch.equal(one.predictions, many.predictions)
     torch.testing.assert_close(one.margins, many.margins, rtol=1e-4, atol=1e-5)
 
 
 def test_margins_are_positive_exactly_where_the_model_is_right() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
-    torch.testing.assert_close(attacks.margin(logits, torch.tensor([0, 1])), torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(margin(logits, torch.tensor([0, 1])), torch.tensor([1.0, -2.0]))
 
 
 def test_crops_and_flips_are_exact_shifts_of_each_image() -> None:

@@ -142,7 +142,9 @@ def test_champion_of_other_data_is_measured_anew(project: Project) -> None:
     seen = torch.from_numpy(logits(model, data.to_float(test.images).numpy()))
     project.prepare(seed=1, labels=seen.argmax(1))
     test = data.load_split(project.paths.prepared / "test.safetensors")
-    measured = evaluate_model.measure(model, test, project.settings.evaluate, classes=10, seed=project.settings.seed)
+    measured = evaluate_model.evaluate_model(
+        model, test, project.settings.evaluate, classes=10, seed=project.settings.seed
+    )
     champions = measured.figures["worst"]["accuracy"]
     assert 0.1 < champions < 0.99
 
