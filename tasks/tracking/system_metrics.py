@@ -9,8 +9,8 @@ from contextlib import contextmanager
 def monitor(run_id: str) -> Iterator[Callable[[], None]]:
     """Yield a function that starts the monitor of this machine and its GPUs if it is not running.
 
-    The end of the block stops it. MLflow's monitor ends for good at the first request that fails, so call the function whenever the server has
-    answered.
+    The end of the block stops it. MLflow's monitor ends for good at the first request that fails, so call the function
+    whenever the server has answered.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
