@@ -29,7 +29,7 @@ from tasks.evaluation.report_schema import RobustnessReport
 from tasks.pipeline import dvc
 from tasks.prefect_tasks import compare, reproduce
 from tasks.registry.status import registry_status
-from tasks.tracking.runs import UnavailableError
+from tasks.tracking.errors import UnavailableError
 
 
 @flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")

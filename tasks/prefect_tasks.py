@@ -16,7 +16,7 @@ from tasks.config.settings import Settings
 from tasks.pipeline import dvc
 from tasks.registry import champion_comparison, versions
 from tasks.registry.gate import Verdict, judge
-from tasks.tracking.runs import UnavailableError
+from tasks.tracking.errors import UnavailableError
 
 
 def is_busy(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

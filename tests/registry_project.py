@@ -23,7 +23,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.registry import gate, versions
-from tasks.tracking import runs
+from tasks.tracking import connection, runs
 from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import MetricsLog
 
@@ -175,7 +175,7 @@ def copy_store(
 @functools.cache
 def _empty_store(folder: Path, settings: Settings) -> Path:
     """Made once, since it takes seconds, and only ever copied."""
-    runs.configure(settings, Paths(folder))
+    connection.configure(settings, Paths(folder))
     return folder / "mlflow.db"
 
 

@@ -19,7 +19,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import AttackComparison, Champion, ChampionComparison, RobustnessReport, Weights
 from tasks.registry import versions
-from tasks.tracking import runs
+from tasks.tracking import errors, runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +48,7 @@ def compare(settings: Settings, paths: Paths) -> str:
         return "There is no champion to compare with."
     from mlflow import MlflowClient
 
-    with runs.readable_errors():
+    with errors.readable_errors():
         client = MlflowClient()
         registered = client.get_model_version(settings.promote.model_name, str(version))
         champion = Champion(version=version, weights_sha256=registered.tags.get("weights_sha256"))

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,6 @@ from tasks.tracking.lineage import Lineage
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-
-_BATCH = 1000  # metrics that a server takes at once
 
 
 class LoggedModel(NamedTuple):
@@ -65,26 +62,25 @@ def complete(client: "MlflowClient", run_id: str, history: Path) -> None:
     run = runs.find(client, run_id)
     if run is None:
         return
-    logged = {name: {metric.step for metric in client.get_metric_history(run_id, name)} for name in run.data.metrics}
-    missing = [metric for metric in _points(history) if metric.step not in logged.get(metric.key, ())]
-    for start in range(0, len(missing), _BATCH):
-        client.log_batch(run_id, missing[start : start + _BATCH])
+    uploader = metric_uploader.MetricUploader(client, run_id, _points(history))
+    while uploader.send_batch():
+        pass
     if run.info.status == "RUNNING":
         client.set_terminated(run_id)
 
 
-def _points(history: Path) -> Iterator["Metric"]:
+def _points(history: Path) -> Iterator[list["Metric"]]:
     from mlflow.entities import Metric
 
     points = history.with_suffix(".jsonl")
     if points.exists():
-        yield from itertools.chain.from_iterable(metric_uploader.Tail(points))
+        yield from metric_uploader.Tail(points)
         return
     now = int(time.time() * 1000)
     with history.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):
             epoch = int(row.pop("epoch"))
-            yield from (Metric(name, float(value), now, epoch) for name, value in row.items() if value)
+            yield [Metric(name, float(value), now, epoch) for name, value in row.items() if value]
 
 
 def _training_run(client: "MlflowClient", settings: Settings, paths: Paths, metadata: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Identity, RobustnessReport
-from tasks.tracking import runs
+from tasks.tracking import connection, errors
 from tasks.tracking.uri import tracking_uri
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
     database = tracking_uri(settings).removeprefix("sqlite:///")
     if database != tracking_uri(settings) and not (paths.root / database).exists():
         return {}  # a request would create one
-    runs.configure(settings, paths)
+    connection.configure(settings, paths)
     from mlflow import MlflowClient
 
-    with runs.readable_errors():
+    with errors.readable_errors():
         models = MlflowClient().search_registered_models(f"name = '{settings.promote.model_name}'")
     return {alias: int(version) for model in models for alias, version in model.aliases.items()}
 
@@ -52,7 +52,7 @@ def registry_status(settings: Settings, paths: Paths) -> RegistryStatus | None:
         return None
     from mlflow import MlflowClient
 
-    with runs.readable_errors():
+    with errors.readable_errors():
         newest = newest_version(MlflowClient(), settings.promote.model_name, identity)
         if newest is None:
             return None

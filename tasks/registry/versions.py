@@ -16,7 +16,7 @@ from tasks.evaluation.report_schema import RobustnessReport
 from tasks.registry import model_logging
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.status import newest_version
-from tasks.tracking import runs
+from tasks.tracking import connection, errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,10 +104,10 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
 @contextmanager
 def connect(settings: Settings, paths: Paths) -> Iterator["MlflowClient"]:
     """MLflow's client; what the server refuses inside the block becomes one message."""
-    runs.configure(settings, paths)
+    connection.configure(settings, paths)
     import mlflow
 
-    with runs.readable_errors():
+    with errors.readable_errors():
         yield mlflow.MlflowClient()
 
 

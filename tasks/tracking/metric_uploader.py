@@ -1,14 +1,16 @@
-"""The points of a training on their way from its file to its MLflow run, whether the server is there or not."""
+"""The points of a training: from its file to its MLflow run, whether the server answers or not.
+
+MLflow's own asynchronous logging cannot do this: it drops what an outage made fail (`docs/log.md`).
+"""
 
 import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from d2r_core import files
 from tasks.tracking import errors
 
 if TYPE_CHECKING:
@@ -18,140 +20,145 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
-_LONGEST_PAUSE = 30.0  # seconds between two attempts while the server is away
-_BATCH = 500  # metrics; a server takes 1000 at once
+_LONGEST_PAUSE = 30.0  # seconds between two attempts while the server does not answer
+_BATCH_SIZE = 500  # metrics; a server takes 1000 at once
 
 
 class Tail:
-    """The points that are new at the end of a file: each iteration yields those of the lines added since the last.
+    """The new points at the end of a file: each iteration yields the metrics of each line added since the last one.
 
-    A training that continues repeats what came after its last saved state. It repeats it alike, so only points that
-    lie beyond all earlier ones are yielded. A line that is not whole is left for later; one that never became whole
-    is passed over.
+    A training that continues repeats what came after its last saved state. It computes the same values again, so only
+    points beyond all earlier ones are yielded. An incomplete line is left for later; one that was never completed is
+    skipped.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = 0  # bytes read so far
-        self._last = (0, 0.0)
+        self._offset = 0  # bytes read so far
+        self._last_position = (0, 0.0)
 
     def __iter__(self) -> Iterator[list["Metric"]]:
         if not self.path.exists():
             return
         with self.path.open("rb") as stream:
-            stream.seek(self.offset)
+            stream.seek(self._offset)
             while (line := stream.readline()).endswith(b"\n"):
-                self.offset += len(line)
+                self._offset += len(line)
                 try:
                     row = json.loads(line)
                 except ValueError:
                     continue
                 position = row["epoch"], row.get("step", math.inf)
-                if position > self._last:
-                    self._last = position
+                if position > self._last_position:
+                    self._last_position = position
                     yield _metrics(row)
 
 
-class Note(NamedTuple):
-    """What lies beside the points: the run that they go to, and how many bytes of them it has."""
+class MetricUploader:
+    """Sends points to a run, batch by batch, without those that it already has.
 
-    run_id: str
-    offset: int
-
-
-def read_note(points: Path) -> Note | None:
-    """The note beside `points`, if there is one."""
-    path = _note_path(points)
-    return Note(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-
-
-class Shipment:
-    """A thread that sends the points to the run, from where the note beside them says.
-
-    While the server is down or slow it keeps trying, and the training knows nothing of it. A batch that was sent
-    twice, since its answer was lost, counts once: a point keeps its time, and MLflow drops what it has to the letter.
+    A batch that was sent twice because its response was lost counts once: a point keeps its time, and MLflow drops
+    exact duplicates.
 
     Args:
-        taken: called in the thread after each batch that the server took before the end.
+        points: yields the metrics of a point; when it is iterated again, those that were not yielded yet.
     """
 
-    def __init__(self, client: "MlflowClient", run_id: str, points: Path, taken: Callable[[], None]) -> None:
-        self._client, self._run_id, self._points, self._taken = client, run_id, points, taken
-        self._finishing, self._given_up, self._writing = threading.Event(), threading.Event(), threading.Lock()
-        self._tail = Tail(points)
-        note = read_note(points)
-        if note is None or note.run_id != run_id:
-            self._write_note()
-        elif note.offset:
-            for _ in self._tail:
-                if self._tail.offset >= note.offset:
-                    break
+    def __init__(self, client: "MlflowClient", run_id: str, points: Iterable[list["Metric"]]) -> None:
+        self._client, self._run_id, self._points = client, run_id, points
+        self._logged_steps: dict[str, set[int]] | None = None
+        self._batch: list[list[Metric]] = []
+        self.confirmed = 0  # points that the server has
+
+    def send_batch(self) -> bool:
+        """Send the next batch; False if there is none. After an error the next call sends the same batch again.
+
+        Raises:
+            MlflowException: the server does not answer, or refuses.
+        """
+        if self._logged_steps is None:
+            self._logged_steps = self._read_logged_steps()
+        self._batch = self._batch or self._next_batch()
+        metrics = [metric for point in self._batch for metric in point if not self._is_logged(metric)]
+        if metrics:
+            self._client.log_batch(self._run_id, metrics)
+        sent = len(self._batch)
+        self.confirmed += sent
+        self._batch = []
+        return sent > 0
+
+    def _read_logged_steps(self) -> dict[str, set[int]]:
+        names = self._client.get_run(self._run_id).data.metrics
+        return {
+            name: {metric.step for metric in self._client.get_metric_history(self._run_id, name)}
+            for name in names
+            if not name.startswith("system/")
+        }
+
+    def _is_logged(self, metric: "Metric") -> bool:
+        assert self._logged_steps is not None
+        return metric.step in self._logged_steps.get(metric.key, ())
+
+    def _next_batch(self) -> list[list["Metric"]]:
+        batch, size = [], 0
+        for point in self._points:
+            batch.append(point)
+            size += len(point)
+            if size >= _BATCH_SIZE:
+                break
+        return batch
+
+
+class BackgroundUpload:
+    """A thread that sends the points of a growing file to a run.
+
+    While the server is down or slow it keeps trying, and the training does not notice.
+
+    Args:
+        points: the file that the training appends to.
+        on_success: called in the thread after each batch that the server took before the end.
+    """
+
+    def __init__(self, client: "MlflowClient", run_id: str, points: Path, on_success: Callable[[], None]) -> None:
+        self._points, self._on_success = points, on_success
+        self._uploader = MetricUploader(client, run_id, Tail(points))
+        self._finishing, self._given_up = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="points to MLflow", daemon=True)
         self._thread.start()
 
     def finish(self, seconds: float) -> int:
-        """Send what is left, for at most so long; returns how many points the server has not confirmed.
-
-        Afterwards nothing is written beside the points any more.
-        """
+        """Send the remaining points, for at most that long; returns how many points the server has not confirmed."""
         self._finishing.set()
         self._thread.join(seconds)
-        with self._writing:
-            self._given_up.set()
-        note = read_note(self._points)
-        assert note is not None
-        tail = Tail(self._points)
-        return sum(tail.offset > note.offset for _ in tail)
+        self._given_up.set()
+        return sum(1 for _ in Tail(self._points)) - self._uploader.confirmed
 
     def _run(self) -> None:
-        batch: list[Metric] = []
         failures = 0
         while not self._given_up.is_set():
-            finishing = self._finishing.is_set()  # asked before the file is read, so that nothing is overlooked
+            finishing = self._finishing.is_set()  # read before the file is, so that no point is missed
             try:
-                batch = batch or self._next_batch()
-                if batch:
-                    self._client.log_batch(self._run_id, batch)
-                    batch = []
-                    self._write_note()
+                if self._uploader.send_batch():
                     failures = 0
                     if not self._finishing.is_set():
-                        self._taken()
+                        self._on_success()
                 elif finishing:
                     return
                 else:
                     self._pause(_POLL_SECONDS)
             except Exception as error:  # whatever it is, the training goes on
                 if not failures:
-                    reason = errors.first_line([*errors.chain(error)][-1])
-                    _log.warning("MLflow does not take points at present (%s); they are kept and sent later.", reason)
+                    reason = errors.root_cause(error)
+                    _log.warning("MLflow does not take points at present (%s); they are sent later.", reason)
                 failures += 1
                 self._pause(_POLL_SECONDS if finishing else min(2.0**failures, _LONGEST_PAUSE))
-
-    def _next_batch(self) -> list["Metric"]:
-        batch: list[Metric] = []
-        for metrics in self._tail:
-            batch += metrics
-            if len(batch) >= _BATCH:
-                break
-        return batch
-
-    def _write_note(self) -> None:
-        content = Note(self._run_id, self._tail.offset)._asdict()
-        with self._writing:
-            if not self._given_up.is_set():
-                files.write_text(_note_path(self._points), json.dumps(content))
 
     def _pause(self, seconds: float) -> None:
         (self._given_up if self._finishing.is_set() else self._finishing).wait(seconds)
 
 
-def _note_path(points: Path) -> Path:
-    return points.with_name("mlflow.json")
-
-
 def _metrics(row: dict[str, float]) -> list["Metric"]:
-    """A line as MLflow's metrics: an epoch's end by the epoch, a point within it as `step/...` by the step of all."""
+    """A line as MLflow's metrics: an epoch's end by its epoch, a point within it as `step/...` by the overall step."""
     from mlflow.entities import Metric
 
     time, epoch = int(row.pop("time") * 1000), int(row.pop("epoch"))

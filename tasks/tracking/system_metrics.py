@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def monitor(run_id: str) -> Iterator[Callable[[], None]]:
-    """Yield a function that starts the monitor of this machine and its GPUs, unless it runs; it stops with the block.
+    """Yield a function that starts the monitor of this machine and its GPUs if it is not running.
 
-    MLflow's monitor ends for good at the first request that fails, so call the function whenever the server has
-    answered.
+    The end of the block stops it. MLflow's monitor ends for good at the first request that fails, so call the function
+    whenever the server has answered.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -24,5 +24,5 @@ def monitor(run_id: str) -> Iterator[Callable[[], None]]:
     try:
         yield start
     finally:
-        for each in started:
-            each.finish()  # type: ignore[no-untyped-call]
+        for started_monitor in started:
+            started_monitor.finish()  # type: ignore[no-untyped-call]

@@ -28,7 +28,7 @@ from tasks.pipeline import dvc
 from tasks.registry import champion_comparison
 from tasks.registry.gate import Verdict
 from tasks.registry.status import RegistryStatus
-from tasks.tracking.runs import UnavailableError
+from tasks.tracking.errors import UnavailableError
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import VERSION
 from tasks.registry import champion_comparison, versions
-from tasks.tracking import runs
+from tasks.tracking import connection, errors
 
 IMAGES = 40
 ATTACKS = {"clean": ("clean", IMAGES), "pgd": ("PGD-2", IMAGES), "autoattack": ("APGD-CE (quick)", 10)}
@@ -57,7 +57,7 @@ class Project:
 
     def crown(self, weights: str, *, files: bool = True) -> int:
         """Make the evaluated target champion."""
-        runs.configure(self.settings, self.paths)
+        connection.configure(self.settings, self.paths)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name("tests")
         assert experiment is not None
@@ -225,11 +225,11 @@ def test_a_server_that_is_away_leaves_no_file_about_another_target(project: Proj
         away = project.settings.tracking.model_copy(update={"uri": uri})
         project.settings = project.settings.model_copy(update={"tracking": away})
 
-        with pytest.raises(runs.UnavailableError):
+        with pytest.raises(errors.UnavailableError):
             project.compare()
         assert project.paths.comparison.read_bytes() == before
 
         project.evaluate("another", seed=3)
-        with pytest.raises(runs.UnavailableError):
+        with pytest.raises(errors.UnavailableError):
             project.compare()
         assert not project.paths.comparison.exists()

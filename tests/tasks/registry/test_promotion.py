@@ -13,7 +13,7 @@ from d2r_core.errors import UserError
 from flows import promotion
 from tasks import prefect_tasks
 from tasks.config.settings import Settings
-from tasks.tracking import runs
+from tasks.tracking import errors
 
 
 @pytest.fixture
@@ -54,5 +54,5 @@ def test_promotion_lets_better_models_through(project: Project, monkeypatch: pyt
 def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> None:
     assert task.retries
     condition = cast(Callable[..., bool], task.retry_condition_fn)
-    assert condition(task, None, Failed(data=runs.UnavailableError("away")))
+    assert condition(task, None, Failed(data=errors.UnavailableError("away")))
     assert not condition(task, None, Failed(data=UserError("refused")))

@@ -9,7 +9,7 @@ import robustness_json
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import status
-from tasks.tracking import runs
+from tasks.tracking import connection
 
 IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash": "evaluation"}
 
@@ -37,7 +37,7 @@ def test_a_question_creates_no_database(paths: Paths, tiny_settings: Callable[..
 def test_the_newest_version_of_these_weights_is_reported(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
     settings = tiny_settings()
     name = settings.promote.model_name
-    runs.configure(settings, paths)
+    connection.configure(settings, paths)
     from mlflow import MlflowClient
 
     client = MlflowClient()

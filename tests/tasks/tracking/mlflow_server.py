@@ -1,0 +1,94 @@
+"""A real MLflow server, and a network before it that fails on demand."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    """`mlflow server` on its own port, with its own database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(Path(sys.executable).with_name("mlflow"), "server", "--workers", "1"),
+                *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
+                *("--artifacts-destination", str(self.folder / "artifacts")),
+                *("--host", "127.0.0.1", "--port", str(self.port)),
+            ],
+            cwd=self.folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                return
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Does nothing to a server that was killed before."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with its worker
+            self.process.wait()
+
+
+class Proxy:
+    """A TCP proxy that forwards everything, loses every response (`stall`), or refuses connections (`cut`)."""
+
+    def __init__(self, target_port: int) -> None:
+        self.target_port, self.port, self.stalled = target_port, free_port(), threading.Event()
+        self.connections: list[socket.socket] = []
+        self.restore()
+
+    def restore(self) -> None:
+        self.stalled.clear()
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=[self.listener], daemon=True).start()
+
+    def stall(self) -> None:
+        self.stalled.set()
+
+    def cut(self) -> None:
+        for connection in (self.listener, *self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self.connections.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self.target_port))
+                self.connections += client, server
+                for ends in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=self._forward, args=ends, daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, responses: bool) -> None:
+        with suppress(OSError):
+            while content := source.recv(65536):
+                if not (responses and self.stalled.is_set()):
+                    sink.sendall(content)
+            sink.shutdown(socket.SHUT_WR)
