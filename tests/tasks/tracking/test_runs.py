@@ -22,7 +22,7 @@ from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.tracking import connection, errors, runs
 from tasks.tracking.lineage import current_lineage
-from tasks.training.metrics_log import Progress
+from tasks.training.metrics_log import MetricsLog
 
 MEMORY = "system/system_memory_usage_percentage"
 
@@ -67,12 +67,12 @@ def test_run_holds_settings_data_and_lineage(paths: Paths, points: Path) -> None
 
 
 def test_run_holds_the_points_of_the_training(paths: Paths, points: Path) -> None:
-    progress = Progress("train", 2, points, show=False)
+    progress = MetricsLog("train", 2, points, show=False)
     with runs.training_run(settings_for(), paths, "train", points) as training:
         progress.log_step({"loss": 3.0}, 1, 2, 5)
-        progress.log({"loss": 2.5, "clean_accuracy": 0.25}, 1)
+        progress.log_epoch({"loss": 2.5, "clean_accuracy": 0.25}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 5)
-        progress.log({"loss": 1.5, "clean_accuracy": 0.5}, 2)
+        progress.log_epoch({"loss": 1.5, "clean_accuracy": 0.5}, 2)
     assert history(training.id, "loss") == [(1, 2.5), (2, 1.5)]
     assert history(training.id, "clean_accuracy") == [(1, 0.25), (2, 0.5)]
     assert history(training.id, "step/loss") == [(2, 3.0), (6, 2.0)]
@@ -99,13 +99,13 @@ def test_training_outlives_a_database_that_fails(
     paths: Paths, points: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "FINISH_SECONDS", 1.0)
-    progress = Progress("train", 7, points, show=False)
+    progress = MetricsLog("train", 7, points, show=False)
     with (
         caplog.at_level(logging.WARNING, "tasks"),
         runs.training_run(settings_for(), paths, "train", points),
     ):
         (paths.root / "mlflow.db").write_bytes(b"")  # every table is gone
-        progress.log({"loss": 1.0}, 7)
+        progress.log_epoch({"loss": 1.0}, 7)
     away, unconfirmed, not_ended = warnings(caplog)
     assert away.startswith("MLflow does not take points at present (")
     assert unconfirmed == (
@@ -123,12 +123,12 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, points: Path) 
         "from tasks.config import settings\n"
         "from tasks.config.paths import Paths\n"
         "from tasks.tracking import runs\n"
-        "from tasks.training.metrics_log import Progress\n"
+        "from tasks.training.metrics_log import MetricsLog\n"
         f"loaded = settings.Settings.model_validate_json({settings.model_dump_json(by_alias=True)!r})\n"
-        f"progress = Progress('train', 2, Path({str(points)!r}), show=False)\n"
+        f"progress = MetricsLog('train', 2, Path({str(points)!r}), show=False)\n"
         "with runs.training_run(loaded, Paths(), 'train', progress.path) as run:\n"
         "    progress.log_step({'loss': 4.0}, 1, 1, 2)\n"
-        "    progress.log({'loss': 3.0}, 1)\n"
+        "    progress.log_epoch({'loss': 3.0}, 1)\n"
         "    while mlflow.get_run(run.id).data.metrics.keys() < {'loss', 'step/loss'}:\n"
         "        time.sleep(0.05)\n"
         "    progress.log_step({'loss': 2.0}, 2, 1, 2)\n"
@@ -143,11 +143,11 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, points: Path) 
     assert [history(run.info.run_id, name) for name in ("loss", "step/loss")] == [[(1, 3.0)], [(1, 4.0)]]
 
     # It continues from the end of epoch 1, and repeats what it had not saved.
-    progress = Progress("train", 2, points, show=False)
+    progress = MetricsLog("train", 2, points, show=False)
     with runs.training_run(settings, paths, "train", points) as training:
-        progress.log({"loss": 3.0}, 1)
+        progress.log_epoch({"loss": 3.0}, 1)
         progress.log_step({"loss": 2.0}, 2, 1, 2)
-        progress.log({"loss": 1.0}, 2)
+        progress.log_epoch({"loss": 1.0}, 2)
     continued = only_run()
     assert training.id == continued.info.run_id == run.info.run_id
     assert continued.info.status == "FINISHED"
@@ -156,12 +156,12 @@ def test_training_that_was_killed_continues_its_run(paths: Paths, points: Path) 
 
 
 def test_continued_training_whose_run_was_deleted_gets_a_new_one(paths: Paths, points: Path) -> None:
-    progress = Progress("train", 2, points, show=False)
+    progress = MetricsLog("train", 2, points, show=False)
     with runs.training_run(settings_for(), paths, "train", points) as first:
-        progress.log({"loss": 3.0}, 1)
+        progress.log_epoch({"loss": 3.0}, 1)
     mlflow.MlflowClient().delete_run(first.id)
     with runs.training_run(settings_for(), paths, "train", points) as second:
-        progress.log({"loss": 1.0}, 2)
+        progress.log_epoch({"loss": 1.0}, 2)
     assert second.id != first.id
     assert history(second.id, "loss") == [(1, 3.0), (2, 1.0)]
 
@@ -169,7 +169,7 @@ def test_continued_training_whose_run_was_deleted_gets_a_new_one(paths: Paths, p
 def test_gpu_is_monitored(paths: Paths, points: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
     monkeypatch.setattr(runtime, "device", lambda name: torch.device("cuda"))
-    progress = Progress("train", 2, points, show=False)
+    progress = MetricsLog("train", 2, points, show=False)
     epoch = 0
     for _ in range(2):  # continued, it goes on where it was
         with runs.training_run(settings_for(), paths, "train", points) as training:
@@ -178,7 +178,7 @@ def test_gpu_is_monitored(paths: Paths, points: Path, monkeypatch: pytest.Monkey
             while history(training.id, MEMORY) == before:
                 assert time.monotonic() < deadline
                 epoch += 1
-                progress.log({"loss": 1.0}, epoch)
+                progress.log_epoch({"loss": 1.0}, epoch)
                 time.sleep(0.2)
     steps = [step for step, _ in history(training.id, MEMORY)]
     assert steps == list(range(len(steps)))
