@@ -108,7 +108,7 @@ class Trainer:
 
         Raises:
             Interrupted: after SIGINT, SIGTERM or `max_minutes`, with the state saved if there is a checkpointer.
-            UserError: the loss is not finite (raised before it changes a weight), or the state cannot be written.
+            UserError: the loss or its gradient is not finite, before a weight changes; or the state cannot be written.
         """
         state = checkpointer.load() if checkpointer else None
         if state is not None:
@@ -171,9 +171,7 @@ class Trainer:
         with self._perturbed_weights(x, x_adv, y):
             terms = self._loss_terms(self.ddp_method, x, x_adv, y)
             terms["total"].backward()
-        if self.config.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
-        self.guard.before_step(terms["total"], self.step)
+        self.guard.before_step(terms["total"], self._clip_gradient(), self.step)
         if self.device.type == "cpu":  # on a GPU the check would wait for the device; it is made now and then there
             self.guard.check(self.epoch, self.steps)
         self.optimizer.step()
@@ -254,6 +252,12 @@ class Trainer:
         return awp.perturbed(
             self.method.model, lambda: self._loss_terms(self.method, x, x_adv, y)["total"], perturbation.gamma
         )
+
+    def _clip_gradient(self) -> Tensor:
+        """Clip the gradient where that is configured; returns its norm before."""
+        if self.config.gradient_clip is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def _log_save_or_stop(self, stop_reason: Callable[[], str | None], checkpointer: Checkpointer | None) -> None:
         """After a step, on all ranks at once."""

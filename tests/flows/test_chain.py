@@ -172,7 +172,7 @@ def test_a_failed_stage_restores_the_last_successful_results(changeable: Project
     changeable.values = {**changeable.values, "train": {**changeable.values["train"], "learning_rate": 1e30}}
     changeable.write_params()
     output = changeable.run("d2r", "run", code=1)
-    assert "the loss is not finite" in output
+    assert "the loss or its gradient is not finite" in output
     assert changeable.snapshot() == before
 
 

@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_step(t
     process = work("diverge", tmp_path)
     assert process.returncode == 0, process.stderr
     for message, steps, before, after in results(tmp_path, "diverged"):
-        assert message.startswith("epoch 2, step 2 of 4: the loss is not finite.")
+        assert message.startswith("epoch 2, step 2 of 4: the loss or its gradient is not finite.")
         assert steps == 6, "raised at the same step, not later"
         assert all(torch.equal(after[name], weight) for name, weight in before.items())
 

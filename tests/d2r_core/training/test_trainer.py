@@ -42,7 +42,8 @@ def test_without_epochs_the_initial_weights_are_returned() -> None:
     assert all(torch.equal(best.state[name], before[name]) for name in before)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it() -> None:
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_and_names_it(part: str) -> None:
     class Poisoned(Standard):
         steps = 0
 
@@ -51,11 +52,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it() -> None:
             terms = super().forward(x, x_adv, y)
             if self.steps == 6:
                 self.before = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
-                terms["total"] = terms["total"] * torch.nan
+                loss = terms["total"]
+                # The root of 0 is finite, and its slope is not.
+                terms["total"] = loss * torch.nan if part == "loss" else loss + (loss - loss.detach()).sqrt()
             return terms
 
     method = Poisoned(network(0))
-    with pytest.raises(UserError, match="epoch 2, step 2 of 4: the loss is not finite"):
+    with pytest.raises(UserError, match="epoch 2, step 2 of 4: the loss or its gradient is not finite"):
         fit(method)
     for name, parameter in method.model.named_parameters():
         assert torch.equal(parameter, method.before[name])
