@@ -121,7 +121,7 @@ def test_data_may_be_raw_images_of_a_test_split_alone(folder: Path) -> None:
     assert torch.equal(heldout.split.labels, expected.labels)
     assert torch.equal(heldout.split.images, expected.images)
     refused = evaluate("--checkpoint", "right.pt", *OPTIONS, data="raw.zip")
-    assert "For raw images say what they are: --source image_folder" in str(refused.exception)
+    assert "For raw images, give their source: --source image_folder" in str(refused.exception)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the CIFAR-10 test images are not here (../shared/data)")

@@ -179,7 +179,9 @@ def test_a_state_of_other_settings_data_or_code_is_never_continued(
     assert next_step() == 1
     describe("data")
     code = tmp_path / "code"
-    shutil.copytree(files.CODE / "d2r_core", code / "d2r_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for room in ("d2r_core", "tasks"):
+        shutil.copytree(files.CODE / room, code / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(files.CODE / "dvc.yaml", code)
     monkeypatch.setattr(files, "CODE", code)
     assert next_step() == 3, "the same code elsewhere is the same"
     (code / "d2r_core/evaluation/self_checks.py").write_text("# changed")
