@@ -21,6 +21,8 @@ from tasks.evaluation.report_schema import VERSION
 from tasks.registry import champion_comparison, versions
 from tasks.tracking import connection, errors
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 40
 ATTACKS = {"clean": ("clean", IMAGES), "pgd": ("PGD-2", IMAGES), "autoattack": ("APGD-CE (quick)", 10)}
 CORRECT = {"clean": 36, "pgd": 20, "autoattack": 6}

@@ -16,6 +16,8 @@ from tasks.config.settings import Settings
 from tasks.evaluation import evaluate_model
 from tasks.registry import versions
 
+pytestmark = pytest.mark.slow
+
 FAILED = {"key": "more_steps", "name": "More steps are never weaker", "passed": False, "found": "100 are weaker."}
 SKIPPED = {"key": "black_box", "name": "White box beats black box", "passed": None, "found": "No black box."}
 

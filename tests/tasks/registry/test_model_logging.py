@@ -22,6 +22,8 @@ from tasks.config.settings import Settings
 from tasks.registry import versions
 from tasks.training.metrics_log import MetricsLog
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(

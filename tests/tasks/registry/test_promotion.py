@@ -15,6 +15,8 @@ from tasks import prefect_tasks
 from tasks.config.settings import Settings
 from tasks.tracking import errors
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(

@@ -14,6 +14,8 @@ from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.registry import servable, versions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(
