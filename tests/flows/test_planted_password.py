@@ -102,13 +102,15 @@ def project(
         )
     )
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # set by the connection, and undone after
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr(promotion, "register", prefect_tasks.register.with_options(retry_delay_seconds=0))
     return finished_project
 
 
 def tables_with_password(last_event: str) -> set[str]:
     """The tables of Prefect that hold the password, once the event of that kind is recorded."""
-    path = PREFECT_API_DATABASE_CONNECTION_URL.value().get_secret_value().partition(":///")[2]
+    path = PREFECT_API_DATABASE_CONNECTION_URL.value().partition(":///")[2]
     with closing(sqlite3.connect(path)) as connection:
         deadline = time.monotonic() + 60
         while not connection.execute("SELECT 1 FROM events WHERE event = ?", [last_event]).fetchone():

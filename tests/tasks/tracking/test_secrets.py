@@ -22,11 +22,11 @@ from tasks.tracking import connection, errors, runs, uri
 
 
 @pytest.fixture
-def paths(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paths]:
+def paths(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paths]:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # set by the connection, and undone after
+        monkeypatch.setenv(name, "")
     with tracked_project(tmp_path, tmp_path_factory) as paths:
         yield paths
-        # What a test's address put into the environment goes with the next address.
-        connection._move_credentials_to_environment("http://127.0.0.1")
 
 
 @pytest.mark.parametrize(
