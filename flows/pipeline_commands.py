@@ -78,7 +78,7 @@ def status() -> None:
     """Show which stages are up to date and which version is champion."""
     from tasks.pipeline import dvc
     from tasks.registry.status import aliases
-    from tasks.tracking.uri import tracking_uri
+    from tasks.tracking.uri import public_uri
 
     settings, paths = _project()
     try:
@@ -94,7 +94,7 @@ def status() -> None:
     typer.echo()
     for label, path in (("report", paths.report), ("model card", paths.model_card)):
         typer.echo(f"{label:<12}{path if path.exists() else 'not written yet'}")
-    typer.echo(f"{'MLflow':<12}{tracking_uri(settings)}")
+    typer.echo(f"{'MLflow':<12}{public_uri(settings)}")
     typer.echo(f"{'DVC cache':<12}{dvc.cache_folder(paths)}")
 
 
@@ -134,6 +134,7 @@ def _print_results(settings: "Settings", paths: "Paths", registered: "RegistrySt
     from rich.table import Table
 
     from flows import summary
+    from tasks.config.credentials import without_credentials
     from tasks.evaluation.report_schema import RobustnessReport
 
     robustness = RobustnessReport.read(paths.robustness)
@@ -150,7 +151,7 @@ def _print_results(settings: "Settings", paths: "Paths", registered: "RegistrySt
     for reason in registered.reasons:
         typer.echo(f"            {reason}")
     typer.echo(f"MLflow      {summary.open_mlflow(settings)}")
-    server = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    server = without_credentials(os.environ.get("PREFECT_API_URL", "")).removesuffix("/api")
     typer.echo(f"Prefect     {server or 'prefect server start'}")
 
 

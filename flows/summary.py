@@ -2,7 +2,7 @@
 
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Accuracy, RobustnessReport
-from tasks.tracking.uri import tracking_uri
+from tasks.tracking.uri import public_uri, tracking_uri
 
 HEADER = ["attack", "eps", "test images", "guidance [95 %]", "target [95 %]"]
 _ATTACKS = ["clean", "fgsm", "pgd", "cw", "worst", "autoattack"]  # the worst is that of the four before it
@@ -40,13 +40,18 @@ def markdown(report: RobustnessReport) -> str:
 
 def open_mlflow(settings: Settings) -> str:
     """The command, or the address, that shows MLflow."""
-    uri = tracking_uri(settings)
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    uri = public_uri(settings)
+    if uri.startswith("http"):
+        return uri
+    if uri != tracking_uri(settings):
+        # Neither here nor among the arguments of a process.
+        return 'MLFLOW_BACKEND_STORE_URI="$MLFLOW_TRACKING_URI" mlflow ui'
+    return f"mlflow ui --backend-store-uri {uri}"
 
 
 def run_link(settings: Settings, experiment_id: str, run_id: str) -> str:
     """Where to see a run, in Markdown; a database is seen through a server of the reader's own."""
-    uri, page = tracking_uri(settings), f"#/experiments/{experiment_id}/runs/{run_id}"
+    uri, page = public_uri(settings), f"#/experiments/{experiment_id}/runs/{run_id}"
     if uri.startswith("http"):
         return f"[run {run_id}]({uri.rstrip('/')}/{page})"
     return f"`{open_mlflow(settings)}`, then [run {run_id}](http://127.0.0.1:5000/{page})"

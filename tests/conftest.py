@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: small settings, a project whose stages have run, a browser."""
+"""Fixtures that several test files share: small settings, a finished project, a Prefect server, a browser."""
 
 import os
 import shutil
@@ -45,6 +45,15 @@ def finished_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_project(finished_template: Path, tmp_path: Path) -> Path:
     """A scratch project whose two stages have run, and whose stage `second` is outdated."""
     return shutil.copytree(finished_template, tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server with a database of its own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from d2r_core.errors import UserError
 from tasks.config import validation_errors
+from tasks.config.credentials import redact
 from tasks.config.value_types import (
     Count,
     CountOrZero,
@@ -263,7 +264,7 @@ def load(path: Path) -> Settings:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML: {error}") from None
+        raise UserError(f"{path}: is not valid YAML: {redact(str(error))}") from None
     return parse(values, name=path.name)
 
 
@@ -273,7 +274,7 @@ def parse(values: object, name: str = "params.yaml") -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise UserError(
-            "\n".join(validation_errors.describe(name, Settings, detail) for detail in error.errors())
+            redact("\n".join(validation_errors.describe(name, Settings, detail) for detail in error.errors()))
         ) from None
 
 

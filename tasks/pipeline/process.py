@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tasks.config.credentials import redact
+
 GRACE = 10.0  # seconds for an interrupted child to clean up before it is killed
 
 
@@ -86,10 +88,10 @@ def _read(source: int) -> bytes:
 
 
 def _readable(raw: Iterable[bytes]) -> list[str]:
-    """Non-blank lines without colours; of a line that a progress bar redrew after "\\r", the last version."""
+    """Non-blank lines without colours and credentials; of a line that was redrawn after "\\r", the last version."""
     text = (re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.decode(errors="replace")) for line in raw)
     final = (line.rstrip().rpartition("\r")[2] for line in text)
-    return [line for line in final if line]
+    return [redact(line) for line in final if line]
 
 
 def _terminate(child: subprocess.Popen[bytes]) -> None:

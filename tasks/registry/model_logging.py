@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from d2r_core import checkpoint, data
+from tasks.config.credentials import redact
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import RobustnessReport
@@ -125,8 +126,10 @@ def _log_files(client: "MlflowClient", run_id: str, paths: Paths) -> None:
     reports = (paths.report, paths.model_card, paths.data_page, paths.robustness, paths.examples, paths.validation)
     histories = (paths.pretrain_history, paths.train_history)
     points = (path.with_suffix(".jsonl") for path in histories)
-    present = (path for path in (*points, paths.comparison, paths.params, paths.dvc_lock) if path.exists())
+    present = (path for path in (*points, paths.comparison, paths.dvc_lock) if path.exists())
     for path in (*reports, *histories, *present):
         client.log_artifact(run_id, str(path))
+    if paths.params.exists():
+        client.log_text(run_id, redact(paths.params.read_text(encoding="utf-8")), paths.params.name)
     for path in (paths.target, checkpoint.metadata_path(paths.target)):
         client.log_artifact(run_id, str(path), "checkpoint")

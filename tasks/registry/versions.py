@@ -17,6 +17,7 @@ from tasks.registry import model_logging
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.status import newest_version
 from tasks.tracking import connection, errors
+from tasks.tracking.uri import public_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,7 +97,7 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
         version = resolve_alias(client, name, alias) if alias else int(number)
         registered = None if version is None else _version(client, name, version)
         if registered is None:
-            raise UserError(f"{reference}: there is no such version in MLflow ({settings.tracking.uri}).")
+            raise UserError(f"{reference}: there is no such version in MLflow ({public_uri(settings)}).")
         fetch_checkpoint(client, registered, "target.json", str(folder))
         return fetch_checkpoint(client, registered, "target.safetensors", str(folder))
 

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from d2r_core.errors import UserError
 from tasks.config.paths import Paths
@@ -14,10 +15,15 @@ from tasks.tracking import errors
 from tasks.tracking.uri import tracking_uri
 
 _SQLITE = "sqlite:///"
+_HTTP = ("http://", "https://")
+_credentials: dict[str, str] = {}  # variables that were set because the server's address had user or password
 
 
 def configure(settings: Settings, paths: Paths) -> None:
     """Point MLflow at the tracking server and create the experiment if it does not exist.
+
+    User and password in a server's address go into the variables from which MLflow reads them, since it prints and
+    records the address.
 
     The variable MLFLOW_TRACKING_URI takes precedence over `tracking.uri`; a relative sqlite path starts at the
     project's root. A new sqlite database is initialised once, however many processes arrive at the same time.
@@ -33,7 +39,9 @@ def configure(settings: Settings, paths: Paths) -> None:
     import mlflow
 
     uri = tracking_uri(settings)
-    if uri.startswith(_SQLITE):
+    if uri.startswith(_HTTP):
+        uri = _move_credentials_to_environment(uri)
+    elif uri.startswith(_SQLITE):
         uri = f"{_SQLITE}{paths.root.resolve() / uri.removeprefix(_SQLITE)}"
     # MLflow writes the address into the environment, where the next call would mistake it for the user's choice.
     with environment(MLFLOW_TRACKING_URI=uri):
@@ -43,12 +51,26 @@ def configure(settings: Settings, paths: Paths) -> None:
         if uri.startswith(_SQLITE):
             with _locked(Path(uri.removeprefix(_SQLITE).partition("?")[0])):
                 _ensure_experiment(name, artifacts)
-        elif uri.startswith(("http://", "https://")):
+        elif uri.startswith(_HTTP):
             # A server that swallows packets would cost two minutes at each attempt.
             with environment(MLFLOW_HTTP_REQUEST_TIMEOUT=os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")):
                 _ensure_experiment(name, None)  # the server decides where artifacts go
         else:
             _ensure_experiment(name, artifacts)
+
+
+def _move_credentials_to_environment(uri: str) -> str:
+    """The server's address without user and password; those of the address before it are forgotten."""
+    for name, value in _credentials.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    _credentials.clear()
+    parts = urlsplit(uri)
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    given = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    _credentials.update({name: value for name, value in given.items() if value})
+    os.environ.update(_credentials)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 @contextmanager

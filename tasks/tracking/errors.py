@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from d2r_core.errors import UserError
+from tasks.config.credentials import redact, without_credentials
 
 
 class UnavailableError(UserError):
@@ -12,7 +13,9 @@ class UnavailableError(UserError):
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn the errors of MLflow and of the connection to it into one message.
+    """Turn the errors of MLflow and of the connection to it into one message, without credentials.
+
+    The causes are left out: a traceback that shows them, as Prefect stores it, would show the server's address in them.
 
     Raises:
         UnavailableError: when trying again may help.
@@ -25,17 +28,22 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
+        uri = mlflow.get_tracking_uri()
         if any(map(_is_transient, _chain(error))):
             raise UnavailableError(
-                f"MLflow at {mlflow.get_tracking_uri()} does not answer ({root_cause(error)}). Start it, or "
+                f"MLflow at {without_credentials(uri)} does not answer ({root_cause(error, uri)}). Start it, or "
                 "correct tracking.uri in params.yaml or the variable MLFLOW_TRACKING_URI."
-            ) from error
-        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} refuses: {_first_line(error)}") from error
+            ) from None
+        raise UserError(f"MLflow at {without_credentials(uri)} refuses: {_first_line(error, uri)}") from None
 
 
-def root_cause(error: BaseException) -> str:
-    """The first line of the message of the error that caused all others."""
-    return _first_line(list(_chain(error))[-1])
+def root_cause(error: BaseException, uri: str = "") -> str:
+    """The first line of the message of the error that caused all others, without credentials.
+
+    Args:
+        uri: the server's, as in `redact`.
+    """
+    return _first_line(list(_chain(error))[-1], uri)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -45,8 +53,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_line(error: BaseException, uri: str) -> str:
+    return (redact(str(error), uri).splitlines() or [type(error).__name__])[0]
 
 
 def _is_transient(error: BaseException) -> bool:

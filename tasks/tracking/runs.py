@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from d2r_core import files, runtime
+from tasks.config.credentials import without_credentials
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
@@ -108,7 +109,7 @@ def begin(settings: Settings, paths: Paths, stage: str, lineage: Lineage, **tags
         run_name=f"{stage} {manifest['source']}",
         tags={"stage": stage, **_tags(lineage), **tags},
     )
-    mlflow.log_params(settings.flat())
+    mlflow.log_params({**settings.flat(), "tracking.uri": without_credentials(settings.tracking.uri)})
     dataset = Dataset(
         name=manifest["source"],
         digest=manifest["hash"][:36],  # MLflow's longest; the tag has the whole hash
