@@ -91,6 +91,7 @@ def status() -> None:
     for alias in ("champion", "challenger"):
         version = version_of.get(alias)
         typer.echo(f"{alias:<12}{f'{settings.promote.model_name} version {version}' if version else 'none yet'}")
+    _print_decision(paths)
     typer.echo()
     for label, path in (("report", paths.report), ("model card", paths.model_card)):
         typer.echo(f"{label:<12}{path if path.exists() else 'not written yet'}")
@@ -153,6 +154,19 @@ def _print_results(settings: "Settings", paths: "Paths", registered: "RegistrySt
     typer.echo(f"MLflow      {summary.open_mlflow(settings)}")
     server = without_credentials(os.environ.get("PREFECT_API_URL", "")).removesuffix("/api")
     typer.echo(f"Prefect     {server or 'prefect server start'}")
+
+
+def _print_decision(paths: "Paths") -> None:
+    """Print what the gate decided last, and a line for each rule that failed."""
+    from tasks.registry.decision import Decision
+
+    if not paths.decision.is_file():
+        return
+    decision = Decision.read(paths.decision)
+    typer.echo(f"{'gate':<12}version {decision.version} {'passed' if decision.passed else 'failed'}")
+    for rule in decision.rules:
+        if rule.verdict == "failed":
+            typer.echo(f"{'':<12}{rule.reason}")
 
 
 def _stage_states(paths: "Paths") -> Iterator[tuple[str, str]]:

@@ -78,6 +78,8 @@ def _markdown(settings: Settings, paths: Paths, result: PromotionResult) -> str:
             "",
             *(f"- {reason}" for reason in result.verdict.reasons),
             "",
+            summary.rules_markdown(result.verdict.rules),
+            "",
             f"MLflow: {summary.run_link(settings, registered.experiment_id, registered.run_id)}",
         ]
     )

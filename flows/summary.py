@@ -1,7 +1,10 @@
 """What a run came to, for people: the robustness table and where to look further. Used by terminal and artifact."""
 
+from collections.abc import Sequence
+
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Accuracy, RobustnessReport
+from tasks.registry.decision import Rule
 from tasks.tracking.uri import public_uri, tracking_uri
 
 HEADER = ["attack", "eps", "test images", "guidance [95 %]", "target [95 %]"]
@@ -35,6 +38,15 @@ def self_checks(report: RobustnessReport) -> str:
 def markdown(report: RobustnessReport) -> str:
     """The table as Markdown."""
     lines = [HEADER, ["---"] * len(HEADER), *rows(report)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rules_markdown(rules: Sequence[Rule]) -> str:
+    """The gate's rules as a table in Markdown; a row a rule."""
+    lines = [["rule", "verdict", "interval of the difference", "reason"], ["---"] * 4]
+    for rule in rules:
+        interval = "" if rule.interval is None else f"{rule.interval[0]:+.2%} to {rule.interval[1]:+.2%}"
+        lines.append([rule.name, rule.verdict, interval, rule.reason.replace("|", "\\|")])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,9 +1,11 @@
 """How far counted accuracies can be trusted: intervals, and whether one attack fools more images than another."""
 
 import math
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 _Z = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -35,8 +37,8 @@ def accuracy_per_class(correct: Tensor, labels: Tensor, classes: int) -> list[fl
     return [float(part.double().mean()) if len(part) else None for part in members]
 
 
-def paired_bootstrap(a: Tensor, b: Tensor, *, seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of mean(a) - mean(b), resampling the images (Efron 1979).
+def paired_bootstrap(a: Tensor, b: Tensor, *, seed: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The two-sided percentile interval of mean(a) - mean(b), resampling the images (Efron 1979).
 
     Args:
         a, b: bool (N,), two models' answers (right or not) to the same images. Paired, because an image that is hard
@@ -52,8 +54,75 @@ def paired_bootstrap(a: Tensor, b: Tensor, *, seed: int) -> tuple[float, float]:
     won, lost = int((difference == 1).sum()), int((difference == -1).sum())
     shares = np.array([won, lost, images - won - lost]) / images
     draws = np.random.default_rng(seed).multinomial(images, shares, size=_RESAMPLES)
-    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / images, [0.025, 0.975])
+    return _percentiles((draws[:, 0] - draws[:, 1]) / images, confidence)
+
+
+def worst_class_bootstrap(
+    a: Tensor, b: Tensor, labels: Tensor, *, seed: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """The two-sided percentile interval of a's lowest accuracy in any class minus b's, resampling within each class.
+
+    Args:
+        a, b: bool (N,), two models' answers (right or not) to the same images.
+        labels: (N,). A class without images is left out. The two lowest accuracies may be of different classes.
+    """
+    assert a.shape == b.shape == labels.shape
+    assert len(a) > 0
+    generator = np.random.default_rng(seed)
+    lowest = np.ones((2, _RESAMPLES))
+    for label in labels.unique():
+        x, y = a[labels == label], b[labels == label]
+        cells = np.array([int((x & y).sum()), int((x & ~y).sum()), int((~x & y).sum()), int((~x & ~y).sum())])
+        both, only_a, only_b, _ = generator.multinomial(len(x), cells / len(x), size=_RESAMPLES).T
+        lowest = np.minimum(lowest, np.stack([both + only_a, both + only_b]) / len(x))
+    return _percentiles(lowest[0] - lowest[1], confidence)
+
+
+def _percentiles(draws: npt.NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def paired_score_interval(only_a: int, only_b: int, images: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """The two-sided score interval of mean(a) - mean(b) for two models on the same images (Tango 1998).
+
+    Unlike the bootstrap it has a width where no image tells the two apart, so few images cannot show equality.
+
+    Args:
+        only_a, only_b: images that only one of the two classifies correctly.
+        images: all of them.
+    """
+    assert 0 <= only_a + only_b <= images > 0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    return _score_bound(only_a, only_b, images, z), -_score_bound(only_b, only_a, images, z)
+
+
+def _score_bound(only_a: int, only_b: int, images: int, z: float) -> float:
+    """The smallest difference that the score test does not reject at z: its statistic falls as the difference rises."""
+    low, high = -1.0, (only_a - only_b) / images
+    for _ in range(60):  # bisection to the resolution of a float
+        difference = (low + high) / 2
+        # The probability that only b is right, at its most likely under this difference.
+        linear = -only_a - only_b + (2 * images - only_a + only_b) * difference
+        constant = -only_b * difference * (1 - difference)
+        root = math.sqrt(max(0.0, linear * linear - 8 * images * constant))
+        probability = (root - linear) / (4 * images)
+        variance = images * (2 * probability + difference * (1 - difference))
+        if only_a - only_b - images * difference > z * math.sqrt(max(0.0, variance)):
+            low = difference
+        else:
+            high = difference
+    return high
+
+
+def non_inferior(only_a: int, only_b: int, images: int, *, margin: float, confidence: float) -> bool:
+    """Whether a is shown to be worse than b by less than `margin`, at the one-sided `confidence` (above 0.5).
+
+    The lower bound of the paired difference (the lower end of the two-sided interval at 2 confidence - 1) exceeds
+    -margin.
+    """
+    low, _ = paired_score_interval(only_a, only_b, images, confidence=2 * confidence - 1)
+    return low > -margin
 
 
 def sign_test(exceptions: int, others: int) -> float:

@@ -98,6 +98,11 @@ class Paths:
         return self.reports / "champion/comparison.json"
 
     @property
+    def decision(self) -> Path:
+        """The gate's last decision, rule by rule. No DVC out: it is written after the stages."""
+        return self.reports / "decision.json"
+
+    @property
     def report(self) -> Path:
         return self.reports / "report.html"
 

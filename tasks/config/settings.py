@@ -207,7 +207,8 @@ class Promote(Section):
     model_name: Text
     min_clean_accuracy: Probability
     min_robust_accuracy: Probability  # against the strongest attack on each image
-    max_regression: Probability  # how far a challenger may be below the champion's robust accuracy on the same data
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]  # one-sided, of every comparison with the champion
+    margin: Annotated[float, Field(gt=0.0, lt=1.0)]  # accuracy that a challenger may lose where no gain is needed
 
 
 class Tracking(Section):

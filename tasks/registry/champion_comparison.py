@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
 
 from d2r_core import files
 from d2r_core.errors import UserError
-from d2r_core.evaluation.statistics import paired_bootstrap
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import AttackComparison, Champion, ChampionComparison, RobustnessReport, Weights
-from tasks.registry import versions
-from tasks.tracking import errors, runs
+from tasks.registry import paired, versions
+from tasks.tracking import errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,60 +99,19 @@ def _compare(
     client: "MlflowClient", registered: "ModelVersion", paths: Paths, robustness: RobustnessReport, folder: str
 ) -> dict[str, AttackComparison] | str:
     """The figures of every attack, or the reason why there are none."""
-    name = f"version {registered.version}"
-    champion_report = _fetch(client, registered, paths.robustness.name, folder)
-    champion_examples = _fetch(client, registered, paths.examples.name, folder)
-    if champion_report is None or champion_examples is None:
-        return f"The predictions of {name} for each image are not in its run."
     # Out of the run's file, not of the version's tags: one run may have been evaluated several times.
-    try:
-        champion = RobustnessReport.read(champion_report)
-    except UserError:  # registered by another release
-        return f"The figures of {name} are in a format that this release does not read."
+    recorded = paired.recorded(client, registered, paths, folder)
+    if isinstance(recorded, str):
+        return recorded
+    champion, champion_examples = recorded
+    name = f"version {registered.version}"
     if champion.data.hash != robustness.data.hash:
         return f"The figures of {name} were measured on other data."
     if champion.settings_hash != robustness.settings_hash:
         return f"The figures of {name} were measured with another seed or other `evaluate` settings."
-    pairs = _pairs(pd.read_parquet(paths.examples), pd.read_parquet(champion_examples), robustness.data.test_images)
+    pairs = paired.pair(pd.read_parquet(paths.examples), champion_examples, robustness.data.test_images)
     return {
-        key: _comparison(figures.name, pairs[key], robustness.seed)
+        key: paired.compare_attack(figures.name, pairs[key], robustness.seed)
         for key, figures in robustness.target.attacks.items()
         if key in pairs
     }
-
-
-def _fetch(client: "MlflowClient", version: "ModelVersion", file: str, folder: str) -> Path | None:
-    """Download one file of the run that trained a version; None if it is not there."""
-    if not version.run_id or runs.find(client, version.run_id) is None:
-        return None
-    if file not in {entry.path for entry in client.list_artifacts(version.run_id)}:
-        return None
-    return Path(client.download_artifacts(version.run_id, file, folder))
-
-
-def _pairs(challenger: pd.DataFrame, champion: pd.DataFrame, test_images: int) -> dict[str, pd.DataFrame]:
-    """For each attack, the images on which both targets were attacked: bool columns `challenger` and `champion`."""
-    sides = [
-        examples.loc[examples["model"] == "target", ["attack", "index", "correct"]].set_index(["attack", "index"])
-        for examples in (challenger, champion)
-    ]
-    both = pd.concat(sides, axis=1, keys=["challenger", "champion"], join="inner").droplevel(1, axis=1)
-    pairs = {str(attack): rows for attack, rows in both.groupby("attack", sort=False)}
-    on_all = pd.concat([rows for rows in pairs.values() if len(rows) == test_images])
-    return {**pairs, "worst": on_all.groupby("index").all()}
-
-
-def _comparison(name: str, pairs: pd.DataFrame, seed: int) -> AttackComparison:
-    challenger, champion = (torch.from_numpy(pairs[side].to_numpy(copy=True)) for side in ("challenger", "champion"))
-    images = len(pairs)
-    only_challenger, only_champion = int((challenger & ~champion).sum()), int((~challenger & champion).sum())
-    return AttackComparison(
-        name=name,
-        images=images,
-        challenger=int(challenger.sum()) / images,
-        champion=int(champion.sum()) / images,
-        difference=(only_challenger - only_champion) / images,
-        interval=paired_bootstrap(challenger, champion, seed=seed),
-        only_challenger=only_challenger,
-        only_champion=only_champion,
-    )

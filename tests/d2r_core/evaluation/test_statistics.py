@@ -1,5 +1,6 @@
 """Intervals and tests of counts, against published values, scipy and repeated draws."""
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -51,6 +52,60 @@ def test_intervals_cover_what_they_estimate() -> None:
         bootstrap += low - 1e-12 <= 0.1 <= high + 1e-12
     assert 0.92 <= wilson / 300 <= 0.98
     assert 0.91 <= bootstrap / 300 <= 0.98
+
+
+def test_a_higher_confidence_widens_the_bootstrap_interval() -> None:
+    a, b = torch.arange(1000) < 520, (torch.arange(1000) < 470) | (torch.arange(1000) >= 980)
+    widths = [
+        high - low
+        for low, high in (statistics.paired_bootstrap(a, b, seed=0, confidence=level) for level in (0.8, 0.95, 0.99))
+    ]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[2]
+
+
+def test_the_score_interval_has_its_published_values() -> None:
+    """Fagerland, Lydersen, Laake 2014: airway hyper-responsiveness, 1 and 7 of 21 discordant."""
+    assert statistics.paired_score_interval(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "images"), [(0, 0, 20), (20, 0, 20), (30, 12, 359), (3, 200, 10_000)])
+def test_the_score_interval_inverts_its_test(only_a: int, only_b: int, images: int) -> None:
+    low, high = statistics.paired_score_interval(only_a, only_b, images)
+    assert -1 <= low <= (only_a - only_b) / images <= high <= 1
+    mirrored = statistics.paired_score_interval(only_b, only_a, images)
+    assert mirrored == pytest.approx((-high, -low), abs=1e-12)
+    # At a difference of 0 the test is McNemar's without correction.
+    z = stats.norm.ppf(0.975)
+    significant = abs(only_a - only_b) > z * (only_a + only_b) ** 0.5
+    assert (low > 0 or high < 0) == significant
+    if only_a + only_b == 0:
+        assert high == pytest.approx(z * z / (images + z * z))
+
+
+def test_equality_of_few_images_shows_no_non_inferiority() -> None:
+    assert not statistics.non_inferior(0, 0, 20, margin=0.02, confidence=0.95)
+    assert statistics.non_inferior(0, 0, 359, margin=0.02, confidence=0.95)
+    assert statistics.non_inferior(100, 100, 10_000, margin=0.02, confidence=0.95)
+    assert not statistics.non_inferior(0, 200, 10_000, margin=0.02, confidence=0.95)
+
+
+def test_a_model_worse_by_the_margin_is_rarely_shown_non_inferior() -> None:
+    """At the margin the error is at most about 1 - confidence."""
+    draws = np.random.default_rng(0).multinomial(359, [0.09, 0.11, 0.8], size=4000)
+    shown = [statistics.non_inferior(int(a), int(b), 359, margin=0.02, confidence=0.95) for a, b, _ in draws]
+    assert 0.03 < np.mean(shown) < 0.065
+
+
+def test_the_worst_class_is_compared_within_classes() -> None:
+    labels = torch.arange(1000) % 2
+    b = torch.ones(1000, dtype=torch.bool)
+    a = b.clone()
+    a[labels == 1] = torch.arange(500) < 100  # one class falls to 20 %
+    low, high = statistics.worst_class_bootstrap(a, b, labels, seed=0)
+    assert low < -0.8 < high
+    assert (low, high) == pytest.approx((-0.8 - 0.035, -0.8 + 0.035), abs=3e-3)
+    assert statistics.worst_class_bootstrap(a, a, labels, seed=0) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("exceptions", "others"), [(0, 0), (0, 5), (7, 0), (3, 4), (30, 12)])

@@ -10,7 +10,7 @@ from prefect.states import Failed
 from registry_project import Project, make_project
 
 from d2r_core.errors import UserError
-from flows import promotion
+from flows import pipeline_commands, promotion, summary
 from tasks import prefect_tasks
 from tasks.config.settings import Settings
 from tasks.tracking import errors
@@ -37,7 +37,7 @@ def without_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_promotion_lets_better_models_through(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     without_prefect(monkeypatch)
     results = []
-    for seed, worst in ((0, 0.6), (0, 0.6), (1, 0.5), (2, 0.7)):
+    for seed, worst in ((0, 0.6), (0, 0.6), (1, 0.65), (2, 0.9)):
         project.train(seed)
         project.evaluate(worst=worst)
         results.append(promotion.promotion(project.settings, project.paths))
@@ -58,3 +58,13 @@ def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> N
     condition = cast(Callable[..., bool], task.retry_condition_fn)
     assert condition(task, None, Failed(data=errors.UnavailableError("away")))
     assert not condition(task, None, Failed(data=UserError("refused")))
+
+
+def test_the_rules_are_shown_in_status_and_artifact(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = project.judge(project.register(worst=0.0))
+    capsys.readouterr()
+    pipeline_commands._print_decision(project.paths)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "gate        version 1 failed"
+    assert [line.strip() for line in lines[1:]] == list(verdict.reasons)
+    assert "| above_chance | failed |  | Robust accuracy 0.00% of 20 images" in summary.rules_markdown(verdict.rules)

@@ -65,7 +65,7 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
     assert (logged.source_run_id, logged.experiment_id) == (run.info.run_id, run.info.experiment_id)
     assert logged.params == run.data.params
     assert not list(project.paths.root.glob("mlruns/*"))  # where the default experiment would be
-    assert files_of(run.info.run_id, "validation") == {"validation/index.html"}
+    assert files_of(run.info.run_id, "validation") == {"validation/index.html", "validation/accepted.json"}
     assert files_of(run.info.run_id, "checkpoint") == {"checkpoint/target.json", "checkpoint/target.safetensors"}
     # The run missed the second epoch; the first one is not there twice.
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
