@@ -11,6 +11,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import SelfCheck
+from tasks.registry import integrity
 from tasks.registry.status import identity_of
 from tasks.registry.versions import connect, fetch_checkpoint, resolve_alias
 
@@ -41,13 +42,15 @@ def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
     otherwise the champion is attacked anew on the present test images.
 
     Raises:
-        UserError: the version is unknown, or the champion's checkpoint cannot be had.
+        UserError: the version is unknown, its files are not the ones that were registered, or the champion's
+            checkpoint cannot be had.
     """
     name = settings.promote.model_name
     with connect(settings, paths) as client:
         challenger = client.get_model_version(name, str(version))
         if "robust_accuracy" not in challenger.tags:
             raise UserError(f"{name} version {version} has no figures: it was not registered by `d2r`.")
+        integrity.verify(challenger)
         findings = [
             *_floors(settings, challenger),
             *_self_checks(challenger),
