@@ -4,6 +4,7 @@ A changed, missing or additional file differs from the manifest, a changed manif
 the files and the tags can forge both: that takes a signature to notice.
 """
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -65,6 +66,27 @@ def fetch(version: "ModelVersion", folder: Path) -> Path:
     return model / CONTENT
 
 
+def verify_copy(version: "ModelVersion", path: Path) -> None:
+    """Compare a file out of a version's run with the manifest, by the file's name.
+
+    The champion may be of an older release, which wrote no manifest: then there is nothing to compare with.
+
+    Raises:
+        UserError: it is not the one that was registered.
+    """
+    import mlflow
+
+    if TAG not in version.tags:
+        return
+    name = f"{version.name} version {version.version}"
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"models:/{version.name}/{version.version}/{MANIFEST}"
+        manifest = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+        expected = _read_manifest(manifest, version.tags[TAG], name)
+    if files.sha256(path) != expected.get(f"{CONTENT}/{path.name}"):
+        raise UserError(_refusal(name, f"not as registered: {path.name} in its run"))
+
+
 def verify_loaded(folder: Path) -> None:
     """Verify the model that MLflow is about to load from `folder`.
 
@@ -98,18 +120,23 @@ def verify_folder(folder: Path, manifest_sha256: str | None, name: str) -> None:
     Raises:
         UserError: they differ, or there is no manifest.
     """
-    path = folder / MANIFEST
-    try:
-        expected = dict(json.loads(path.read_bytes())["sha256"])
-        actual_sha256 = files.sha256(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(_refusal(name, f"{MANIFEST} is missing or damaged")) from None
-    if manifest_sha256 not in (None, actual_sha256):
-        raise UserError(_refusal(name, f"{MANIFEST} is not the one that was registered"))
+    expected = _read_manifest(folder / MANIFEST, manifest_sha256, name)
     actual = _hashes(folder)
     changed = sorted(file for file in actual.keys() | expected.keys() if actual.get(file) != expected.get(file))
     if changed:
         raise UserError(_refusal(name, f"not as registered: {', '.join(changed)}"))
+
+
+def _read_manifest(path: Path, sha256: str | None, name: str) -> dict[str, str]:
+    """The SHA-256 of each file by its name, once the manifest has its own where that is known."""
+    try:
+        content = path.read_bytes()
+        expected = dict(json.loads(content)["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(_refusal(name, f"{MANIFEST} is missing or damaged")) from None
+    if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(_refusal(name, f"{MANIFEST} is not the one that was registered"))
+    return expected
 
 
 def _hashes(folder: Path) -> dict[str, str]:

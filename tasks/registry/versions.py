@@ -135,7 +135,7 @@ def fetch_checkpoint(client: "MlflowClient", version: "ModelVersion", file: str,
     """Download one file of a version's checkpoint into `folder`.
 
     Raises:
-        UserError: the version's run does not have it.
+        UserError: the version's run does not have it, or it is not the one that was registered.
     """
     path = f"checkpoint/{file}"
     if not version.run_id or path not in {entry.path for entry in client.list_artifacts(version.run_id, "checkpoint")}:
@@ -143,7 +143,9 @@ def fetch_checkpoint(client: "MlflowClient", version: "ModelVersion", file: str,
             f"{version.name} version {version.version} has no {path} in its run, so nothing can be compared with it. "
             "Promote by hand, or choose another promote.model_name."
         )
-    return Path(client.download_artifacts(version.run_id, path, folder))
+    download = Path(client.download_artifacts(version.run_id, path, folder))
+    integrity.verify_copy(version, download)
+    return download
 
 
 def _evaluated(paths: Paths) -> tuple[dict[str, Any], RobustnessReport]:
