@@ -100,7 +100,7 @@ def verify_loaded(folder: Path) -> None:
 
     expected, name = None, str(folder)
     description = folder / _CLIENT_FILE
-    if mlflow.is_tracking_uri_set() and description.is_file():
+    if mlflow.is_tracking_uri_set() and description.is_file():  # type: ignore[no-untyped-call]
         try:
             downloaded = yaml.safe_load(description.read_bytes())
             model, number = str(downloaded["model_name"]), str(downloaded["model_version"])
