@@ -194,6 +194,12 @@ def _empty_store(folder: Path, settings: Settings) -> Path:
     return folder / "mlflow.db"
 
 
+def logged_model_folder(version: ModelVersion) -> Path:
+    """Where the local store keeps the files of a version's logged model."""
+    location = mlflow.get_logged_model(str(version.source).removeprefix("models:/")).artifact_location
+    return Path(location.removeprefix("file://"))
+
+
 def files_of(run_id: str, folder: str = "") -> set[str]:
     return {entry.path for entry in mlflow.MlflowClient().list_artifacts(run_id, folder)}
 

@@ -13,7 +13,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport, SelfCheck
-from tasks.registry import gate_rules, paired
+from tasks.registry import gate_rules, integrity, paired
 from tasks.registry.decision import Decision, Rule
 from tasks.registry.gate_rules import Evidence
 from tasks.registry.status import identity_of
@@ -47,14 +47,15 @@ def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
     evaluation; otherwise the champion is attacked anew on the present test images.
 
     Raises:
-        UserError: the version is unknown, its predictions are not on record, or the champion's checkpoint cannot be
-            had.
+        UserError: the version is unknown, its files are not the ones that were registered, its predictions are not on
+            record, or the champion's checkpoint cannot be had.
     """
     name = settings.promote.model_name
     with connect(settings, paths) as client, tempfile.TemporaryDirectory() as folder:
         challenger = client.get_model_version(name, str(version))
         if "robust_accuracy" not in challenger.tags:
             raise UserError(f"{name} version {version} has no figures: it was not registered by `d2r`.")
+        integrity.verify(challenger)
         champion_version = resolve_alias(client, name, "champion")
         examples = _examples(client, paths, challenger, folder)
         metadata = checkpoint.read_metadata(fetch_checkpoint(client, challenger, "target.json", folder))

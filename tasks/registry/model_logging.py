@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from d2r_core import checkpoint, data
+from d2r_core import checkpoint
 from tasks.config.credentials import redact
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import servable
 from tasks.tracking import metric_uploader, runs
 from tasks.tracking.lineage import Lineage
 
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
 
 
 class LoggedModel(NamedTuple):
-    """MLflow's ids of the run and of the logged model."""
+    """MLflow's ids of the run and of the logged model, and the SHA-256 of its manifest."""
 
     run_id: str
     model_id: str
+    manifest_sha256: str
 
 
 def log_evaluated_model(
@@ -41,15 +41,17 @@ def log_evaluated_model(
     Args:
         metadata: the target checkpoint's JSON.
     """
-    model, _ = checkpoint.load(paths.target, torch.device("cpu"))
-    images = data.load_split(paths.prepared / "test.safetensors").images[:2]
+    from tasks.registry import integrity, servable  # which imports MLflow
+
+    checkpoint.load(paths.target, torch.device("cpu"))  # nothing is logged of damaged weights
     run_id = _training_run(client, settings, paths, metadata)
     complete(client, run_id, paths.train_history)
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
     _log_files(client, run_id, paths)
-    return LoggedModel(run_id, servable.log_model(run_id, model, metadata, data.to_float(images).numpy()))
+    model_id = servable.log_model(run_id, paths, metadata)
+    return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
 
 
 def complete(client: "MlflowClient", run_id: str, history: Path) -> None:

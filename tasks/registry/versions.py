@@ -13,7 +13,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import model_logging
+from tasks.registry import integrity, model_logging
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.status import newest_version
 from tasks.tracking import connection, errors
@@ -32,26 +32,33 @@ def register(settings: Settings, paths: Paths) -> int:
     registered already, with the same identity, keeps its version.
 
     Raises:
-        UserError: an artifact is missing, or the artifacts do not belong together.
+        UserError: an artifact is missing, the artifacts do not belong together, or the files of the version that is
+            registered already are not the ones that were registered.
     """
     metadata, robustness = _evaluated(paths)
     name = settings.promote.model_name
     with connect(settings, paths) as client:
         registered = newest_version(client, name, robustness.identity)
-        if registered is None:
+        if registered is None or integrity.TAG not in registered.tags:  # an older release wrote no manifest
             logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness)
             version = _create_version(client, name, logged, _tags(metadata, robustness))
         else:
+            integrity.verify(registered)
             version = int(registered.version)
         client.set_registered_model_alias(name, "challenger", str(version))
     return version
 
 
 def promote(settings: Settings, paths: Paths, version: int) -> None:
-    """Move @champion to `version`, which remembers the previous champion for `rollback`."""
+    """Move @champion to `version`, which remembers the previous champion for `rollback`.
+
+    Raises:
+        UserError: the version is unknown, or its files are not the ones that were registered.
+    """
     name = settings.promote.model_name
     with connect(settings, paths) as client:
         current = resolve_alias(client, name, "champion")
+        integrity.verify(client.get_model_version(name, str(version)))
         if current == version:
             return
         if current is not None:
@@ -129,7 +136,7 @@ def fetch_checkpoint(client: "MlflowClient", version: "ModelVersion", file: str,
     """Download one file of a version's checkpoint into `folder`.
 
     Raises:
-        UserError: the version's run does not have it.
+        UserError: the version's run does not have it, or it is not the one that was registered.
     """
     path = f"checkpoint/{file}"
     if not version.run_id or path not in {entry.path for entry in client.list_artifacts(version.run_id, "checkpoint")}:
@@ -137,7 +144,9 @@ def fetch_checkpoint(client: "MlflowClient", version: "ModelVersion", file: str,
             f"{version.name} version {version.version} has no {path} in its run, so nothing can be compared with it. "
             "Promote by hand, or choose another promote.model_name."
         )
-    return Path(client.download_artifacts(version.run_id, path, folder))
+    download = Path(client.download_artifacts(version.run_id, path, folder))
+    integrity.verify_copy(version, download)
+    return download
 
 
 def _evaluated(paths: Paths) -> tuple[dict[str, Any], RobustnessReport]:
@@ -186,6 +195,7 @@ def _create_version(client: "MlflowClient", name: str, logged: LoggedModel, tags
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"models:/{logged.model_id}"
+    tags = {**tags, integrity.TAG: logged.manifest_sha256}
     version = client.create_model_version(name, source, logged.run_id, tags=tags, model_id=logged.model_id)
     return int(version.version)
 

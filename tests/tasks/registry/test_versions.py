@@ -6,10 +6,11 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from registry_project import NAME, Project, files_of, make_project
+from registry_project import NAME, Project, files_of, logged_model_folder, make_project
 
 from d2r_core import checkpoint
 from d2r_core.errors import UserError
+from d2r_core.files import sha256
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.registry import servable, versions
@@ -47,6 +48,7 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
         "eps": "0.1",
         "checks": "passed",
         "checks_not_passed": "[]",
+        "manifest_sha256": sha256(logged_model_folder(registered) / "manifest.json"),
     }
     assert project.challenger() == version
     assert project.champion() is None
