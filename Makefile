@@ -25,7 +25,7 @@ demo: setup  ## run the whole chain once: data, training, evaluation, report, re
 test: setup  ## run all tests
 	@.venv/bin/python -m pytest $(WORKERS)
 
-test-fast: setup  ## run the tests that are not marked slow (under 2 minutes on 2 cores)
+test-fast: setup  ## run the tests that are not marked slow
 	@.venv/bin/python -m pytest $(WORKERS) -m 'not slow'
 
 test-avx2: setup  ## run the tests of d2r_core with the kernels of CPUs without AVX-512

@@ -25,6 +25,8 @@ from tasks.config.settings import Settings
 from tasks.data import evaluation_images
 from tasks.evaluation.report_schema import AttackFigures, RobustnessReport
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
 OPTIONS = ["--architecture", "wide_resnet", "--depth", "10", "--widen-factor", "1"]
 

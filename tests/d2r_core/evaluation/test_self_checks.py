@@ -29,6 +29,8 @@ from d2r_core.training.config import TrainingConfig
 from d2r_core.training.methods import AdversarialTraining, Standard
 from d2r_core.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 EPS = 0.15
 IMAGES = 60
 

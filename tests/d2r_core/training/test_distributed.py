@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -15,6 +16,8 @@ from d2r_core import checkpoint, models
 from tasks import prepare
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]

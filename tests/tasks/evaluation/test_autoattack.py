@@ -19,6 +19,8 @@ from d2r_core.attacks.run import Attack, AttackResult, cascade, run_attack
 from d2r_core.data import Split, to_float
 from tasks.evaluation import autoattack
 
+pytestmark = pytest.mark.slow
+
 BUDGET = {"_STEPS": 12, "_QUERIES": 60, "_TARGETS": 2}  # of the tests
 RADII: dict[Norm, float] = {"Linf": digits.EPS, "L2": 0.9}
 NAMES = ["APGD-CE", "APGD-T", "FAB-T", "Square"]

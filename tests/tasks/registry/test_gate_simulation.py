@@ -15,6 +15,8 @@ import pytest
 from tasks.config.settings import Promote, Settings
 from tasks.registry import gate_rules
 
+pytestmark = pytest.mark.slow
+
 SEED, REFRESHES, IMAGES, CLASSES = 0, 200, 359, 10  # as many images as the digits have
 
 

@@ -15,6 +15,8 @@ from d2r_core.files import sha256
 from tasks.config.settings import Settings
 from tasks.registry import integrity, versions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(

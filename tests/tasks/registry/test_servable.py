@@ -28,6 +28,8 @@ from d2r_core import checkpoint
 from d2r_core.errors import UserError
 from tasks.config.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 STARTUP_SECONDS = 120  # on a busy machine; an idle one takes a few seconds
 
 

@@ -20,6 +20,8 @@ from tasks.config.credentials import redact, without_credentials
 from tasks.config.paths import Paths
 from tasks.tracking import connection, errors, runs, uri
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def paths(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paths]:
