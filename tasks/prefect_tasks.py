@@ -26,7 +26,7 @@ def is_busy(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
 
 def is_unavailable(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether the tracking server was unavailable."""
-    return isinstance(state.result(raise_on_failure=False), UnavailableError)
+    return isinstance(state.data, UnavailableError)
 
 
 # The delays are longer than another `dvc status` or `dvc checkout`, but do not wait for another training.

@@ -1,5 +1,6 @@
 """The end of a retraining: registered, gated and promoted; and what of it is tried again."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -56,8 +57,13 @@ def test_promotion_lets_better_models_through(project: Project, monkeypatch: pyt
 def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> None:
     assert task.retries
     condition = cast(Callable[..., bool], task.retry_condition_fn)
-    assert condition(task, None, Failed(data=errors.UnavailableError("away")))
-    assert not condition(task, None, Failed(data=UserError("refused")))
+
+    async def answers() -> tuple[bool, bool]:
+        # Within a running event loop, where `State.result` is a coroutine.
+        away, refused = Failed(data=errors.UnavailableError("away")), Failed(data=UserError("refused"))
+        return condition(task, None, away), condition(task, None, refused)
+
+    assert asyncio.run(answers()) == (True, False)
 
 
 def test_the_rules_are_shown_in_status_and_artifact(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
