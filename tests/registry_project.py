@@ -22,7 +22,7 @@ from d2r_core.data import Split
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.registry import gate, versions
+from tasks.registry import gate, moves, versions
 from tasks.tracking import connection, runs
 from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import MetricsLog
@@ -128,8 +128,19 @@ class Project:
     def judge(self, version: int) -> gate.Verdict:
         return gate.judge(self.settings, self.paths, version)
 
-    def promote(self, version: int) -> None:
-        versions.promote(self.settings, self.paths, version)
+    def promote(self, version: int, force: bool = True) -> bool:
+        """By hand, and whatever the gate says."""
+        return moves.promote(
+            self.settings, self.paths, version, who="tester@host", command="promote", reason="test", force=force
+        )
+
+    def rollback(self, to: int | None = None) -> moves.Rollback:
+        return moves.rollback(self.settings, self.paths, who="tester@host", reason="It fails in production.", to=to)
+
+    def history(self) -> list[tuple[int | None, int]]:
+        """From which version to which, oldest first."""
+        entries = moves.read_history(self.settings, self.paths)
+        return [(entry.move.from_version, entry.move.to_version) for entry in entries]
 
     def champion(self) -> int | None:
         return versions.champion(self.settings, self.paths)

@@ -18,7 +18,8 @@ from d2r_core.evaluation.statistics import paired_bootstrap
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import AttackComparison, Champion, ChampionComparison, RobustnessReport, Weights
-from tasks.registry import versions
+from tasks.registry import model_logging, versions
+from tasks.registry.status import identity_of
 from tasks.tracking import errors, runs
 
 if TYPE_CHECKING:
@@ -106,7 +107,6 @@ def _compare(
     champion_examples = _fetch(client, registered, paths.examples.name, folder)
     if champion_report is None or champion_examples is None:
         return f"The predictions of {name} for each image are not in its run."
-    # Out of the run's file, not of the version's tags: one run may have been evaluated several times.
     try:
         champion = RobustnessReport.read(champion_report)
     except UserError:  # registered by another release
@@ -124,12 +124,14 @@ def _compare(
 
 
 def _fetch(client: "MlflowClient", version: "ModelVersion", file: str, folder: str) -> Path | None:
-    """Download one file of the run that trained a version; None if it is not there."""
+    """Download one file of a version's evaluation; None if it is not there."""
     if not version.run_id or runs.find(client, version.run_id) is None:
         return None
-    if file not in {entry.path for entry in client.list_artifacts(version.run_id)}:
+    evaluation = model_logging.evaluation_folder(identity_of(version))
+    path = f"{evaluation}/{file}"
+    if path not in {entry.path for entry in client.list_artifacts(version.run_id, evaluation)}:
         return None
-    return Path(client.download_artifacts(version.run_id, file, folder))
+    return Path(client.download_artifacts(version.run_id, path, folder))
 
 
 def _pairs(challenger: pd.DataFrame, champion: pd.DataFrame, test_images: int) -> dict[str, pd.DataFrame]:

@@ -11,6 +11,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import SelfCheck
+from tasks.registry.lock import registry_lock
 from tasks.registry.status import identity_of
 from tasks.registry.versions import connect, fetch_checkpoint, resolve_alias
 
@@ -61,8 +62,9 @@ def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
             "gate_settings": settings.hash("promote"),
             "gate_reasons": "\n".join(verdict.reasons),
         }
-        for key, value in tags.items():
-            client.set_model_version_tag(name, str(version), key, value)
+        with registry_lock(client, name):
+            for key, value in tags.items():
+                client.set_model_version_tag(name, str(version), key, value)
     return verdict
 
 

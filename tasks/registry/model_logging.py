@@ -12,7 +12,7 @@ import torch
 from d2r_core import checkpoint, data
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.evaluation.report_schema import RobustnessReport
+from tasks.evaluation.report_schema import Identity, RobustnessReport
 from tasks.registry import servable
 from tasks.tracking import metric_uploader, runs
 from tasks.tracking.lineage import Lineage
@@ -47,8 +47,13 @@ def log_evaluated_model(
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
-    _log_files(client, run_id, paths)
+    _log_files(client, run_id, paths, evaluation_folder(robustness.identity))
     return LoggedModel(run_id, servable.log_model(run_id, model, metadata, data.to_float(images).numpy()))
+
+
+def evaluation_folder(identity: Identity) -> str:
+    """The folder of one evaluation among a run's artifacts: the same weights may be evaluated several times."""
+    return f"evaluations/{identity.data_hash[:12]}-{identity.evaluation_hash[:12]}"
 
 
 def complete(client: "MlflowClient", run_id: str, history: Path) -> None:
@@ -120,13 +125,15 @@ def _log_figures(client: "MlflowClient", run_id: str, robustness: RobustnessRepo
     client.log_batch(run_id, [Metric(key, accuracy, now, 0) for key, accuracy in accuracies.items()])
 
 
-def _log_files(client: "MlflowClient", run_id: str, paths: Paths) -> None:
-    """What people look at, what the figures were counted from, and the checkpoint."""
+def _log_files(client: "MlflowClient", run_id: str, paths: Paths, evaluation: str) -> None:
+    """What people look at and what the figures were counted from, in a folder of its own; history and checkpoint."""
     reports = (paths.report, paths.model_card, paths.data_page, paths.robustness, paths.examples, paths.validation)
+    of_evaluation = (path for path in (paths.comparison, paths.params, paths.dvc_lock) if path.exists())
+    for path in (*reports, *of_evaluation):
+        client.log_artifact(run_id, str(path), evaluation)
     histories = (paths.pretrain_history, paths.train_history)
     points = (path.with_suffix(".jsonl") for path in histories)
-    present = (path for path in (*points, paths.comparison, paths.params, paths.dvc_lock) if path.exists())
-    for path in (*reports, *histories, *present):
+    for path in (*histories, *(path for path in points if path.exists())):
         client.log_artifact(run_id, str(path))
     for path in (paths.target, checkpoint.metadata_path(paths.target)):
         client.log_artifact(run_id, str(path), "checkpoint")

@@ -1,4 +1,4 @@
-"""Versions in the model registry: registered as @challenger, promoted to @champion, rolled back, downloaded."""
+"""Versions in the model registry: registered as @challenger, looked up, downloaded."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport
 from tasks.registry import model_logging
+from tasks.registry.lock import registry_lock
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.status import newest_version
 from tasks.tracking import connection, errors
@@ -28,14 +29,14 @@ def register(settings: Settings, paths: Paths) -> int:
 
     Figures, files and the servable model go to the run that trained it, or, where this server does not know that
     run, to a new one made from the files. The version is created last: a failure before leaves none. A model that is
-    registered already, with the same identity, keeps its version.
+    registered already, with the same identity, keeps its version. One process at a time registers: see `lock`.
 
     Raises:
         UserError: an artifact is missing, or the artifacts do not belong together.
     """
     metadata, robustness = _evaluated(paths)
     name = settings.promote.model_name
-    with connect(settings, paths) as client:
+    with connect(settings, paths) as client, registry_lock(client, name):
         registered = newest_version(client, name, robustness.identity)
         if registered is None:
             logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness)
@@ -44,36 +45,6 @@ def register(settings: Settings, paths: Paths) -> int:
             version = int(registered.version)
         client.set_registered_model_alias(name, "challenger", str(version))
     return version
-
-
-def promote(settings: Settings, paths: Paths, version: int) -> None:
-    """Move @champion to `version`, which remembers the previous champion for `rollback`."""
-    name = settings.promote.model_name
-    with connect(settings, paths) as client:
-        current = resolve_alias(client, name, "champion")
-        if current == version:
-            return
-        if current is not None:
-            client.set_model_version_tag(name, str(version), "previous_champion", str(current))
-        client.set_registered_model_alias(name, "champion", str(version))
-
-
-def rollback(settings: Settings, paths: Paths) -> int:
-    """Move @champion back to the version that held it before; returns that version.
-
-    Raises:
-        UserError: there is no champion, or none before it.
-    """
-    name = settings.promote.model_name
-    with connect(settings, paths) as client:
-        current = resolve_alias(client, name, "champion")
-        if current is None:
-            raise UserError(f"{name} has no champion: there is nothing to roll back.")
-        previous = client.get_model_version(name, str(current)).tags.get("previous_champion")
-        if previous is None:
-            raise UserError(f"{name} version {current} is the first champion: there is none to roll back to.")
-        client.set_registered_model_alias(name, "champion", previous)
-    return int(previous)
 
 
 def champion(settings: Settings, paths: Paths) -> int | None:
@@ -94,7 +65,7 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
     name, alias, number = parts.groups()
     with connect(settings, paths) as client:
         version = resolve_alias(client, name, alias) if alias else int(number)
-        registered = None if version is None else _version(client, name, version)
+        registered = None if version is None else find_version(client, name, version)
         if registered is None:
             raise UserError(f"{reference}: there is no such version in MLflow ({settings.tracking.uri}).")
         fetch_checkpoint(client, registered, "target.json", str(folder))
@@ -122,6 +93,18 @@ def resolve_alias(client: "MlflowClient", name: str, alias: str) -> int | None:
             raise
         return None
     return None if version is None else int(version)
+
+
+def find_version(client: "MlflowClient", name: str, version: int) -> "ModelVersion | None":
+    """A version of the registered model `name`; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def fetch_checkpoint(client: "MlflowClient", version: "ModelVersion", file: str, folder: str) -> Path:
@@ -187,14 +170,3 @@ def _create_version(client: "MlflowClient", name: str, logged: LoggedModel, tags
     source = f"models:/{logged.model_id}"
     version = client.create_model_version(name, source, logged.run_id, tags=tags, model_id=logged.model_id)
     return int(version.version)
-
-
-def _version(client: "MlflowClient", name: str, version: int) -> "ModelVersion | None":
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version(name, str(version))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None

@@ -17,8 +17,8 @@ from registry_project import NAME, copy_store
 from d2r_core.evaluation.statistics import paired_bootstrap
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.evaluation.report_schema import VERSION
-from tasks.registry import champion_comparison, versions
+from tasks.evaluation.report_schema import VERSION, RobustnessReport
+from tasks.registry import champion_comparison, model_logging, versions
 from tasks.tracking import connection, errors
 
 IMAGES = 40
@@ -62,12 +62,13 @@ class Project:
         experiment = client.get_experiment_by_name("tests")
         assert experiment is not None
         run_id = client.create_run(experiment.experiment_id).info.run_id
+        identity = RobustnessReport.read(self.paths.robustness).identity
         for path in (self.paths.robustness, self.paths.examples) if files else ():
-            client.log_artifact(run_id, str(path))
+            client.log_artifact(run_id, str(path), model_logging.evaluation_folder(identity))
         name = self.settings.promote.model_name
         if versions.champion(self.settings, self.paths) is None:
             client.create_registered_model(name)
-        version = client.create_model_version(name, "nowhere", run_id, tags={"weights_sha256": weights})
+        version = client.create_model_version(name, "nowhere", run_id, tags=dict(identity))
         client.set_registered_model_alias(name, "champion", version.version)
         return int(version.version)
 

@@ -115,17 +115,16 @@ def test_champion_is_replaced_by_a_better_model_only(project: Project) -> None:
     project.promote(better)
     assert project.champion() == better
 
-    assert versions.rollback(project.settings, project.paths) == first
-    assert project.champion() == first
+    assert project.rollback().champion == project.champion() == first
     with pytest.raises(UserError, match="version 1 is the first champion"):
-        versions.rollback(project.settings, project.paths)
+        project.rollback()
 
 
 def test_unknown_version_is_neither_gated_nor_promoted(project: Project) -> None:
     project.register()
     with pytest.raises(UserError, match="version=7"):
         project.judge(7)
-    with pytest.raises(UserError, match="version=7"):
+    with pytest.raises(UserError, match="digits has no version 7"):
         project.promote(7)
     assert project.champion() is None
 
