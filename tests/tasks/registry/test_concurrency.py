@@ -16,6 +16,7 @@ from registry_project import NAME, Project, make_project
 
 from tasks.config.settings import Settings
 from tasks.registry import lock, moves
+from tasks.tracking import connection
 
 # Waits for the others, then registers or promotes: {1: settings, 2: version to promote or "register", 3: number}.
 WORKER = """
@@ -97,7 +98,7 @@ def test_one_model_is_registered_once(project: Project) -> None:
 
 @pytest.mark.slow
 def test_concurrent_promotions_leave_a_chain(project: Project) -> None:
-    numbers = [project.register(seed) for seed in range(5)]
+    numbers = bare_versions(project, 5)
     at_once(project, [str(number) for number in numbers])
     check_chain(project, numbers)
 
@@ -107,11 +108,19 @@ def test_concurrent_promotions_on_a_server_leave_a_chain(
     project: Project, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.port}")
-    numbers = [project.register(seed) for seed in range(3)]
+    numbers = bare_versions(project, 3)
     at_once(project, [str(number) for number in numbers])
     check_chain(project, numbers)
     names = [model.name for model in mlflow.MlflowClient().search_registered_models()]
     assert names == [NAME]  # no lock is left
+
+
+def bare_versions(project: Project, count: int) -> list[int]:
+    """Versions without a model: a forced promotion reads only their tags."""
+    connection.configure(project.settings, project.paths)
+    client = mlflow.MlflowClient()
+    client.create_registered_model(NAME)
+    return [int(client.create_model_version(NAME, "nowhere").version) for _ in range(count)]
 
 
 def check_chain(project: Project, numbers: list[int]) -> None:
@@ -123,7 +132,7 @@ def check_chain(project: Project, numbers: list[int]) -> None:
 
 @pytest.mark.slow
 def test_the_lease_of_a_dead_process_is_taken_over_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.register()
+    bare_versions(project, 1)
     client = mlflow.MlflowClient()
     client.create_registered_model("lease", {"token": "dead", "heartbeat": "3"})
     monkeypatch.setattr(lock, "LEASE", 1.0)
