@@ -23,12 +23,12 @@ class PromotionResult(NamedTuple):
 def promotion(settings: Settings, paths: Paths) -> PromotionResult:
     """Register the evaluated model as @challenger, apply the gate, and move @champion to it if it passes.
 
-    Must be called inside a flow. A model that does not pass is a result, not an error.
+    Must be called inside a flow. A model that does not pass, or whose version is on hold, is a result, not an error.
     """
     version = register(settings, paths)
     verdict = gate(settings, paths, version)
     if verdict.passed:
-        promote(settings, paths, version)
+        verdict = promote(settings, paths, version, verdict)
     alias: Literal["champion", "challenger"] = (
         "champion" if verdict.passed or versions.champion(settings, paths) == version else "challenger"
     )

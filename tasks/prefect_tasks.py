@@ -9,12 +9,13 @@ from typing import Any
 from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.pipeline import dvc
-from tasks.registry import champion_comparison, versions
+from tasks.registry import champion_comparison, moves, versions
 from tasks.registry.gate import Verdict, judge
 from tasks.tracking.errors import UnavailableError
 
@@ -66,7 +67,14 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
 
 
 @_registry_task
-def promote(settings: Settings, paths: Paths, version: int) -> None:
-    """Move @champion to a version."""
-    versions.promote(settings, paths, version)
-    print(f"{settings.promote.model_name} version {version} is @champion")
+def promote(settings: Settings, paths: Paths, version: int, verdict: Verdict) -> Verdict:
+    """Move @champion to a version that passed the gate; returns a failed verdict if that is refused (a hold)."""
+    name = settings.promote.model_name
+    who = f"{moves.local_user()}, Prefect flow run {flow_run.name or 'none'}"
+    try:
+        moves.promote(settings, paths, version, who=who, command="retrain", reason="It passed the gate.")
+    except moves.RefusedError as error:
+        print(f"{name} version {version} is not promoted. {error}")
+        return Verdict(False, (str(error),))
+    print(f"{name} version {version} is @champion")
+    return verdict

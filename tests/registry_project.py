@@ -23,7 +23,7 @@ from d2r_core.data import Split
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.registry import gate, versions
+from tasks.registry import gate, moves, versions
 from tasks.tracking import connection, runs
 from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import MetricsLog
@@ -69,14 +69,23 @@ class Project:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=generator)
         test = Split(images, torch.arange(10).repeat(2) if labels is None else labels)
-        data.save_split(self.paths.prepared / "test.safetensors", test)
+        self._save({"train": Split(255 - images, test.labels), "test": test})
+
+    def replace_test_images(self, images: torch.Tensor) -> None:
+        """The first test images become these."""
+        train, test = (data.load_split(self.paths.prepared / f"{name}.safetensors") for name in ("train", "test"))
+        self._save({"train": train, "test": Split(torch.cat([images, test.images[len(images) :]]), test.labels)})
+
+    def _save(self, splits: dict[str, Split]) -> None:
+        for name, split in splits.items():
+            data.save_split(self.paths.prepared / f"{name}.safetensors", split)
         manifest = {
             "source": "digits",
             "path": None,
             "classes": CLASSES,
             "image_size": 16,
-            "splits": {"test": {"images": 20, "per_class": [2] * 10}},
-            "hash": data.content_hash({"test": test}),
+            "splits": {name: {"images": 20, "per_class": [2] * 10} for name in splits},
+            "hash": data.content_hash(splits),
         }
         self.paths.manifest.write_text(json.dumps(manifest))
         self.paths.accepted.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +152,19 @@ class Project:
     def judge(self, version: int) -> gate.Verdict:
         return gate.judge(self.settings, self.paths, version)
 
-    def promote(self, version: int) -> None:
-        versions.promote(self.settings, self.paths, version)
+    def promote(self, version: int, force: bool = True) -> bool:
+        """By hand, and whatever the gate says."""
+        return moves.promote(
+            self.settings, self.paths, version, who="tester@host", command="promote", reason="test", force=force
+        )
+
+    def rollback(self, to: int | None = None) -> moves.Rollback:
+        return moves.rollback(self.settings, self.paths, who="tester@host", reason="It fails in production.", to=to)
+
+    def history(self) -> list[tuple[int | None, int]]:
+        """From which version to which, oldest first."""
+        entries = moves.read_history(self.settings, self.paths)
+        return [(entry.move.from_version, entry.move.to_version) for entry in entries]
 
     def champion(self) -> int | None:
         return versions.champion(self.settings, self.paths)

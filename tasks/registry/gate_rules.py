@@ -52,13 +52,9 @@ def above_chance(correct: int, images: int, classes: int) -> Rule:
     return Rule(name="above_chance", verdict=_verdict(passed), reason=reason, figures=figures)
 
 
-def self_checks(not_passed: Sequence[SelfCheck] | None) -> list[Rule]:
-    """Where the evaluation looked for reasons to distrust itself: the checks that failed or were skipped.
-
-    Args:
-        not_passed: None if no checks were recorded.
-    """
-    if not_passed is None:
+def self_checks(checks: Sequence[SelfCheck]) -> list[Rule]:
+    """Where the evaluation looked for reasons to distrust itself: the checks that failed or were skipped."""
+    if not checks:
         reason = "No self-checks were recorded with its figures. Evaluate it anew: `d2r run`."
         return [Rule(name="self_checks", verdict="failed", reason=reason)]
     rules = [
@@ -68,7 +64,8 @@ def self_checks(not_passed: Sequence[SelfCheck] | None) -> list[Rule]:
             reason=f"Self-check {'skipped' if check.passed is None else 'failed'}: {check.name}. {check.message} "
             f"See docs/evaluation.md#{check.key.replace('_', '-')}.",
         )
-        for check in not_passed
+        for check in checks
+        if check.passed is not True
     ]
     return rules or [Rule(name="self_checks", verdict="passed", reason="All self-checks passed.")]
 

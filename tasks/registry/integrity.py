@@ -66,27 +66,6 @@ def fetch(version: "ModelVersion", folder: Path) -> Path:
     return model / CONTENT
 
 
-def verify_copy(version: "ModelVersion", path: Path) -> None:
-    """Compare a file out of a version's run with the manifest, by the file's name.
-
-    The champion may be of an older release, which wrote no manifest: then there is nothing to compare with.
-
-    Raises:
-        UserError: it is not the one that was registered.
-    """
-    import mlflow
-
-    if TAG not in version.tags:
-        return
-    name = f"{version.name} version {version.version}"
-    with tempfile.TemporaryDirectory() as folder:
-        uri = f"models:/{version.name}/{version.version}/{MANIFEST}"
-        manifest = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
-        expected = _read_manifest(manifest, version.tags[TAG], name)
-    if files.sha256(path) != expected.get(f"{CONTENT}/{path.name}"):
-        raise UserError(_refusal(name, f"not as registered: {path.name} in its run"))
-
-
 def verify_loaded(folder: Path) -> None:
     """Verify the model that MLflow is about to load from `folder`.
 

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from d2r_core import checkpoint
 from tasks.config.credentials import redact
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.evaluation.report_schema import RobustnessReport
+from tasks.evaluation.report_schema import Identity, RobustnessReport
 from tasks.tracking import metric_uploader, runs
 from tasks.tracking.lineage import Lineage
 
@@ -43,15 +43,20 @@ def log_evaluated_model(
     """
     from tasks.registry import integrity, servable  # which imports MLflow
 
-    checkpoint.load(paths.target, torch.device("cpu"))  # nothing is logged of damaged weights
+    model, _ = checkpoint.load(paths.target, torch.device("cpu"))  # nothing is logged of damaged weights
     run_id = _training_run(client, settings, paths, metadata)
     complete(client, run_id, paths.train_history)
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
-    _log_files(client, run_id, paths)
-    model_id = servable.log_model(run_id, paths, metadata)
+    _log_files(client, run_id, paths, str(evaluation_folder(robustness.identity)))
+    model_id = servable.log_model(run_id, paths, model, metadata)
     return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
+
+
+def evaluation_folder(identity: Identity) -> PurePosixPath:
+    """The folder of one evaluation among a run's artifacts: the same weights may be evaluated several times."""
+    return PurePosixPath("evaluations", f"{identity.data_hash[:12]}-{identity.evaluation_hash[:12]}")
 
 
 def complete(client: "MlflowClient", run_id: str, history: Path) -> None:
@@ -123,15 +128,15 @@ def _log_figures(client: "MlflowClient", run_id: str, robustness: RobustnessRepo
     client.log_batch(run_id, [Metric(key, accuracy, now, 0) for key, accuracy in accuracies.items()])
 
 
-def _log_files(client: "MlflowClient", run_id: str, paths: Paths) -> None:
-    """What people look at, what the figures were counted from, and the checkpoint."""
+def _log_files(client: "MlflowClient", run_id: str, paths: Paths, evaluation: str) -> None:
+    """What people look at and what the figures were counted from, in a folder of its own; and the histories."""
     reports = (paths.report, paths.model_card, paths.data_page, paths.robustness, paths.examples, paths.validation)
+    present = (path for path in (paths.comparison, paths.dvc_lock) if path.exists())
+    for path in (*reports, *present):
+        client.log_artifact(run_id, str(path), evaluation)
+    if paths.params.exists():
+        client.log_text(run_id, redact(paths.params.read_text(encoding="utf-8")), f"{evaluation}/{paths.params.name}")
     histories = (paths.pretrain_history, paths.train_history)
     points = (path.with_suffix(".jsonl") for path in histories)
-    present = (path for path in (*points, paths.comparison, paths.dvc_lock) if path.exists())
-    for path in (*reports, *histories, *present):
+    for path in (*histories, *(path for path in points if path.exists())):
         client.log_artifact(run_id, str(path))
-    if paths.params.exists():
-        client.log_text(run_id, redact(paths.params.read_text(encoding="utf-8")), paths.params.name)
-    for path in (paths.target, checkpoint.metadata_path(paths.target)):
-        client.log_artifact(run_id, str(path), "checkpoint")

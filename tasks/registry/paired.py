@@ -1,46 +1,11 @@
 """Two models' answers to the same images under the same attacks: for the gate and for the report."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import pandas as pd
 import torch
 from torch import Tensor
 
-from d2r_core.errors import UserError
 from d2r_core.evaluation.statistics import paired_bootstrap
-from tasks.config.paths import Paths
-from tasks.evaluation.report_schema import AttackComparison, RobustnessReport
-from tasks.tracking import runs
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
-
-
-def fetch(client: "MlflowClient", version: "ModelVersion", file: str, folder: str) -> Path | None:
-    """Download one file of the run that trained a version; None if it is not there."""
-    if not version.run_id or runs.find(client, version.run_id) is None:
-        return None
-    parent = file.rpartition("/")[0] or None
-    if file not in {entry.path for entry in client.list_artifacts(version.run_id, parent)}:
-        return None
-    return Path(client.download_artifacts(version.run_id, file, folder))
-
-
-def recorded(
-    client: "MlflowClient", version: "ModelVersion", paths: Paths, folder: str
-) -> tuple[RobustnessReport, pd.DataFrame] | str:
-    """A version's figures and its rows of `examples.parquet`, as its run has them; or why they cannot be had."""
-    name = f"version {version.version}"
-    report = fetch(client, version, paths.robustness.name, folder)
-    examples = fetch(client, version, paths.examples.name, folder)
-    if report is None or examples is None:
-        return f"The predictions of {name} for each image are not in its run."
-    try:
-        return RobustnessReport.read(report), pd.read_parquet(examples)
-    except (UserError, OSError, ValueError):  # registered by another release, or damaged
-        return f"The figures of {name} are in a format that this release does not read."
+from tasks.evaluation.report_schema import AttackComparison
 
 
 def pair(challenger: pd.DataFrame, champion: pd.DataFrame, test_images: int) -> dict[str, pd.DataFrame]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from d2r_core import checkpoint, data
 from tasks.config.paths import Paths
-from tasks.registry import integrity
+from tasks.registry import integrity, recorded_examples, training_images
 
 MAX_IMAGES = 1024  # of one request
 _BATCH = 128  # bounds the memory for activations
@@ -118,10 +118,11 @@ def _load_pyfunc(path: str) -> ServedModel:
     return ServedModel(model, described["classes"], described["architecture"]["image_size"])
 
 
-def log_model(run_id: str, paths: Paths, described: Mapping[str, Any]) -> str:
+def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[str, Any]) -> str:
     """Log the evaluated target model to a run as "model", with its manifest; returns MLflow's id of the logged model.
 
     Args:
+        model: in eval mode, on the CPU.
         described: the checkpoint's JSON.
     """
     from mlflow.models import Model, ModelSignature
@@ -143,6 +144,8 @@ def log_model(run_id: str, paths: Paths, described: Mapping[str, Any]) -> str:
         content.mkdir()
         for source in (paths.target, checkpoint.metadata_path(paths.target), paths.robustness, paths.examples):
             shutil.copy(source, content)
+        training_images.write(paths, content)
+        recorded_examples.write(paths, model, content)
         logged = Model.log(
             artifact_path=None,  # deprecated, but without a default
             model_id=begun.model_id,

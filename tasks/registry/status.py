@@ -27,15 +27,38 @@ class RegistryStatus(NamedTuple):
 
 def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
     """Alias -> version of the registered model; empty if there is none. Raises UserError if MLflow does not answer."""
-    database = tracking_uri(settings).removeprefix("sqlite:///")
-    if database != tracking_uri(settings) and not (paths.root / database).exists():
-        return {}  # a request would create one
+    if not store_exists(settings, paths):
+        return {}
     connection.configure(settings, paths)
     from mlflow import MlflowClient
 
     with errors.readable_errors():
         models = MlflowClient().search_registered_models(f"name = '{settings.promote.model_name}'")
     return {alias: int(version) for model in models for alias, version in model.aliases.items()}
+
+
+def all_versions(settings: Settings, paths: Paths) -> list["ModelVersion"]:
+    """Every version of the registered model, the newest first. Raises UserError if MLflow does not answer."""
+    if not store_exists(settings, paths):
+        return []
+    connection.configure(settings, paths)
+    from mlflow import MlflowClient
+
+    with errors.readable_errors():
+        client, token = MlflowClient(), None
+        versions: list[ModelVersion] = []
+        while True:
+            page = client.search_model_versions(f"name = '{settings.promote.model_name}'", page_token=token)
+            versions += page
+            token = page.token
+            if not token:
+                return sorted(versions, key=lambda version: int(version.version), reverse=True)
+
+
+def store_exists(settings: Settings, paths: Paths) -> bool:
+    """False where MLflow's database is a file that is not there yet: a request would create it."""
+    database = tracking_uri(settings).removeprefix("sqlite:///")
+    return database == tracking_uri(settings) or (paths.root / database).exists()
 
 
 def registry_status(settings: Settings, paths: Paths) -> RegistryStatus | None:

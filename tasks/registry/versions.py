@@ -1,7 +1,8 @@
-"""Versions in the model registry: registered as @challenger, promoted to @champion, rolled back, downloaded."""
+"""Versions in the model registry: registered as @challenger, looked up, downloaded."""
 
-import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import integrity, model_logging
+from tasks.registry import integrity, model_logging, version_files
+from tasks.registry.lock import registry_lock
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.status import newest_version
 from tasks.tracking import connection, errors
@@ -29,7 +31,7 @@ def register(settings: Settings, paths: Paths) -> int:
 
     Figures, files and the servable model go to the run that trained it, or, where this server does not know that
     run, to a new one made from the files. The version is created last: a failure before leaves none. A model that is
-    registered already, with the same identity, keeps its version.
+    registered already, with the same identity, keeps its version. One process at a time registers: see `lock`.
 
     Raises:
         UserError: an artifact is missing, the artifacts do not belong together, or the files of the version that is
@@ -37,7 +39,7 @@ def register(settings: Settings, paths: Paths) -> int:
     """
     metadata, robustness = _evaluated(paths)
     name = settings.promote.model_name
-    with connect(settings, paths) as client:
+    with connect(settings, paths) as client, registry_lock(client, name):
         registered = newest_version(client, name, robustness.identity)
         if registered is None or integrity.TAG not in registered.tags:  # an older release wrote no manifest
             logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness)
@@ -47,41 +49,6 @@ def register(settings: Settings, paths: Paths) -> int:
             version = int(registered.version)
         client.set_registered_model_alias(name, "challenger", str(version))
     return version
-
-
-def promote(settings: Settings, paths: Paths, version: int) -> None:
-    """Move @champion to `version`, which remembers the previous champion for `rollback`.
-
-    Raises:
-        UserError: the version is unknown, or its files are not the ones that were registered.
-    """
-    name = settings.promote.model_name
-    with connect(settings, paths) as client:
-        current = resolve_alias(client, name, "champion")
-        integrity.verify(client.get_model_version(name, str(version)))
-        if current == version:
-            return
-        if current is not None:
-            client.set_model_version_tag(name, str(version), "previous_champion", str(current))
-        client.set_registered_model_alias(name, "champion", str(version))
-
-
-def rollback(settings: Settings, paths: Paths) -> int:
-    """Move @champion back to the version that held it before; returns that version.
-
-    Raises:
-        UserError: there is no champion, or none before it.
-    """
-    name = settings.promote.model_name
-    with connect(settings, paths) as client:
-        current = resolve_alias(client, name, "champion")
-        if current is None:
-            raise UserError(f"{name} has no champion: there is nothing to roll back.")
-        previous = client.get_model_version(name, str(current)).tags.get("previous_champion")
-        if previous is None:
-            raise UserError(f"{name} version {current} is the first champion: there is none to roll back to.")
-        client.set_registered_model_alias(name, "champion", previous)
-    return int(previous)
 
 
 def champion(settings: Settings, paths: Paths) -> int | None:
@@ -94,7 +61,8 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
     """Bring the checkpoint of `models:/NAME@ALIAS` or `models:/NAME/VERSION` into `folder`; returns its weights' path.
 
     Raises:
-        UserError: the reference is not of that form, there is no such version, or its run has no checkpoint.
+        UserError: the reference is not of that form, there is no such version, or its files are not the ones that were
+            registered.
     """
     parts = re.fullmatch(r"models:/([^/@]+)(?:@(\w+)|/(\d+))", reference)
     if not parts:
@@ -102,11 +70,15 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
     name, alias, number = parts.groups()
     with connect(settings, paths) as client:
         version = resolve_alias(client, name, alias) if alias else int(number)
-        registered = None if version is None else _version(client, name, version)
+        registered = None if version is None else find_version(client, name, version)
         if registered is None:
             raise UserError(f"{reference}: there is no such version in MLflow ({public_uri(settings)}).")
-        fetch_checkpoint(client, registered, "target.json", str(folder))
-        return fetch_checkpoint(client, registered, "target.safetensors", str(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            files = version_files.read(registered, Path(temporary))
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (checkpoint.metadata_path(files.weights), files.weights):
+                shutil.copy(path, folder)
+    return folder / files.weights.name
 
 
 @contextmanager
@@ -132,21 +104,16 @@ def resolve_alias(client: "MlflowClient", name: str, alias: str) -> int | None:
     return None if version is None else int(version)
 
 
-def fetch_checkpoint(client: "MlflowClient", version: "ModelVersion", file: str, folder: str) -> Path:
-    """Download one file of a version's checkpoint into `folder`.
+def find_version(client: "MlflowClient", name: str, version: int) -> "ModelVersion | None":
+    """A version of the registered model `name`; None if there is none."""
+    from mlflow.exceptions import MlflowException
 
-    Raises:
-        UserError: the version's run does not have it, or it is not the one that was registered.
-    """
-    path = f"checkpoint/{file}"
-    if not version.run_id or path not in {entry.path for entry in client.list_artifacts(version.run_id, "checkpoint")}:
-        raise UserError(
-            f"{version.name} version {version.version} has no {path} in its run, so nothing can be compared with it. "
-            "Promote by hand, or choose another promote.model_name."
-        )
-    download = Path(client.download_artifacts(version.run_id, path, folder))
-    integrity.verify_copy(version, download)
-    return download
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def _evaluated(paths: Paths) -> tuple[dict[str, Any], RobustnessReport]:
@@ -166,9 +133,8 @@ def _evaluated(paths: Paths) -> tuple[dict[str, Any], RobustnessReport]:
 
 
 def _tags(metadata: dict[str, Any], robustness: RobustnessReport) -> dict[str, str]:
-    """What a version says of itself; the gate reads these tags and never the report."""
+    """What a version says of itself, for people and for searches; the gate reads the verified files."""
     attacks, checks = robustness.target.attacks, robustness.target.checks
-    not_passed = [check for check in checks if check.passed is not True]
     tags = {
         **robustness.identity.model_dump(),
         "git_commit": metadata["git_commit"],
@@ -177,8 +143,7 @@ def _tags(metadata: dict[str, Any], robustness: RobustnessReport) -> dict[str, s
         "clean_accuracy": str(attacks["clean"].accuracy),
         "robust_accuracy": str(attacks["worst"].accuracy),
         "eps": str(attacks["worst"].eps),
-        "checks": ", ".join(check.key for check in not_passed if check.passed is False) or "passed",
-        "checks_not_passed": json.dumps([check.model_dump(by_alias=True) for check in not_passed]),
+        "checks": ", ".join(check.key for check in checks if check.passed is False) or "passed",
     }
     if "autoattack" in attacks:
         tags["autoattack"] = f"{attacks['autoattack'].name} on {attacks['autoattack'].images} images"
@@ -198,14 +163,3 @@ def _create_version(client: "MlflowClient", name: str, logged: LoggedModel, tags
     tags = {**tags, integrity.TAG: logged.manifest_sha256}
     version = client.create_model_version(name, source, logged.run_id, tags=tags, model_id=logged.model_id)
     return int(version.version)
-
-
-def _version(client: "MlflowClient", name: str, version: int) -> "ModelVersion | None":
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version(name, str(version))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None

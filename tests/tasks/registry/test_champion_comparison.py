@@ -1,6 +1,7 @@
 """The target beside the champion, whose predictions come out of a real sqlite store."""
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from registry_project import NAME, copy_store
 
 from d2r_core.evaluation.statistics import paired_bootstrap
+from d2r_core.files import sha256
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.evaluation.report_schema import VERSION
-from tasks.registry import champion_comparison, versions
+from tasks.evaluation.report_schema import VERSION, RobustnessReport
+from tasks.registry import champion_comparison, integrity, versions
 from tasks.tracking import connection, errors
 
 pytestmark = pytest.mark.slow
@@ -57,19 +59,29 @@ class Project:
         rows = examples[(examples["model"] == "target") & (examples["attack"] == attack)]
         return rows.set_index("index")["correct"].sort_index()
 
-    def crown(self, weights: str, *, files: bool = True) -> int:
-        """Make the evaluated target champion."""
+    def crown(self, weights: str, *, files: bool = True, release: int = VERSION) -> int:
+        """Make the evaluated target champion, with its figures in the format of a release."""
         connection.configure(self.settings, self.paths)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name("tests")
         assert experiment is not None
         run_id = client.create_run(experiment.experiment_id).info.run_id
+        identity = RobustnessReport.read(self.paths.robustness).identity
+        model_id = client.create_logged_model(experiment.experiment_id, "model", run_id).model_id
+        folder = self.paths.root / "logged" / model_id
+        (folder / integrity.CONTENT).mkdir(parents=True)
         for path in (self.paths.robustness, self.paths.examples) if files else ():
-            client.log_artifact(run_id, str(path))
+            shutil.copy(path, folder / integrity.CONTENT)
+        if release != VERSION:
+            content = robustness_json.content(version=release)
+            robustness_json.write(folder / integrity.CONTENT / "robustness.json", content)
+        manifest = integrity.write_manifest(folder)
+        client.log_model_artifacts(model_id, str(folder))
         name = self.settings.promote.model_name
         if versions.champion(self.settings, self.paths) is None:
             client.create_registered_model(name)
-        version = client.create_model_version(name, "nowhere", run_id, tags={"weights_sha256": weights})
+        tags = {**dict(identity), integrity.TAG: sha256(manifest)}
+        version = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
         client.set_registered_model_alias(name, "champion", version.version)
         return int(version.version)
 
@@ -165,7 +177,7 @@ def test_without_a_champion_there_is_no_file(project: Project) -> None:
             True,
             "The figures of version 1 were measured with another seed or other `evaluate` settings.",
         ),
-        ({}, False, "The predictions of version 1 for each image are not in its run."),
+        ({}, False, "The figures of version 1 are in a format that this release does not read."),
     ],
     ids=["data", "evaluation", "files"],
 )
@@ -189,8 +201,7 @@ def test_what_cannot_be_compared_has_a_reason_and_no_figures(
 
 def test_a_champion_of_another_release_has_a_reason_too(project: Project) -> None:
     project.evaluate("champion")
-    robustness_json.write(project.paths.robustness, robustness_json.content(version=VERSION + 1))
-    project.crown("champion")
+    project.crown("champion", release=VERSION + 1)
     project.evaluate("challenger")
     message = "Not compared image by image: The figures of version 1 are in a format that this release does not read."
     assert project.compare() == message

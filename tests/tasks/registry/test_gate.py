@@ -8,7 +8,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from registry_project import CLASSES, NAME, PASSED, Project, logits, make_project
+from registry_project import CLASSES, NAME, PASSED, Project, logged_model_folder, logits, make_project
 
 from d2r_core import data
 from d2r_core.errors import UserError
@@ -89,10 +89,7 @@ def test_skipped_self_checks_are_mentioned_and_do_not_block(project: Project) ->
 
 
 def test_version_without_self_checks_is_refused(project: Project) -> None:
-    """As one that an older release registered."""
-    version = project.register()
-    mlflow.MlflowClient().delete_model_version_tag(NAME, str(version), "checks")
-    verdict = project.judge(version)
+    verdict = project.judge(project.register(checks=()))
     assert verdict.reasons == ("No self-checks were recorded with its figures. Evaluate it anew: `d2r run`.",)
 
 
@@ -118,10 +115,9 @@ def test_champion_is_replaced_by_a_better_model_only(project: Project) -> None:
     project.promote(better)
     assert project.champion() == better
 
-    assert versions.rollback(project.settings, project.paths) == first
-    assert project.champion() == first
+    assert project.rollback().champion == project.champion() == first
     with pytest.raises(UserError, match="version 1 is the first champion"):
-        versions.rollback(project.settings, project.paths)
+        project.rollback()
 
 
 def test_the_decision_is_written_and_on_the_version(project: Project) -> None:
@@ -181,28 +177,34 @@ def test_data_that_were_not_accepted_refuse_a_version(project: Project) -> None:
     assert "No data validation that accepted its data" in verdict.reasons[0]
 
 
-def test_an_earlier_version_is_judged_by_what_its_run_recorded(project: Project) -> None:
+def test_an_earlier_version_is_judged_by_its_own_record(project: Project) -> None:
     first = project.register(seed=0, worst=0.6)
     project.prepare(seed=1)
     project.register(seed=1, worst=0.6)
-    verdict = project.judge(first)
-    assert verdict.passed
-    # Evaluated again otherwise, the run of the version does not hold its predictions any more.
+    assert project.judge(first).passed
+    # Another evaluation of the same weights goes to the same run.
     project.prepare(seed=0)
     project.with_settings(evaluate={"eps": 0.2})
-    project.register(seed=0, worst=0.5)
-    run_id = project.version(first).run_id
-    for path in (project.paths.robustness, project.paths.examples):
-        mlflow.MlflowClient().log_artifact(str(run_id), str(path))
-    with pytest.raises(UserError, match="holds the predictions of a later evaluation"):
-        project.judge(first)
+    project.register(seed=0, worst=0.1)
+    assert "Robust accuracy (worst attack, eps 0.1) 60.00% reaches" in "".join(project.judge(first).reasons)
+
+
+def test_forged_tags_change_no_verdict(project: Project) -> None:
+    version = project.register(worst=0.0, checks=(FAILED,))
+    for key, value in (("robust_accuracy", "0.99"), ("checks", "passed")):
+        mlflow.MlflowClient().set_model_version_tag(NAME, str(version), key, value)
+    reasons = project.judge(version).reasons
+    assert [reason.split()[0] for reason in reasons] == ["Robust", "Self-check"]
+    mlflow.MlflowClient().set_model_version_tag(NAME, str(version), "evaluation_hash", "other")
+    with pytest.raises(UserError, match="tags of version 1 name another evaluation than the one in its files"):
+        project.judge(version)
 
 
 def test_unknown_version_is_neither_gated_nor_promoted(project: Project) -> None:
     project.register()
     with pytest.raises(UserError, match="version=7"):
         project.judge(7)
-    with pytest.raises(UserError, match="version=7"):
+    with pytest.raises(UserError, match="digits has no version 7"):
         project.promote(7)
     assert project.champion() is None
 
@@ -261,11 +263,32 @@ def test_champion_of_other_classes_is_not_compared(project: Project) -> None:
     assert verdict.reasons[0].startswith("Its class list is not that of the champion (version 1)")
 
 
-def test_champion_whose_checkpoint_is_gone(project: Project) -> None:
+def test_champion_whose_files_are_gone_or_changed(project: Project) -> None:
     project.promote(project.register(seed=0))
-    challenger = project.register(seed=1)
-    artifacts = mlflow.get_run(str(project.version(1).run_id)).info.artifact_uri
-    shutil.rmtree(Path(artifacts.removeprefix("file://")) / "checkpoint")
-    with pytest.raises(UserError, match=r"version 1 has no checkpoint/target\.json in its run"):
-        project.judge(challenger)
+    challenger = project.register(seed=1, worst=0.9)
+    files = logged_model_folder(project.version(1)) / "data/model"
+    (files / "examples.parquet").unlink()
+    verdict = project.judge(challenger)
+    assert not verdict.passed
+    (reason,) = verdict.reasons
+    assert reason.startswith("It cannot be compared with the champion. digits version 1: its files were changed")
+    assert "examples.parquet" in reason
+    shutil.rmtree(files.parents[1])
+    (reason,) = project.judge(challenger).reasons
+    assert reason.startswith("It cannot be compared with the champion.")
     assert project.champion() == 1
+
+
+def test_test_images_that_the_champion_was_trained_on_are_left_out(project: Project) -> None:
+    project.promote(project.register(seed=0, clean=1.0, worst=1.0))
+    train = data.load_split(project.paths.prepared / "train.safetensors")
+    project.prepare(seed=1)
+    project.replace_test_images(train.images[:5])
+    challenger = project.register(seed=1, clean=1.0, worst=1.0)
+    assert project.judge(challenger).passed
+    robust = next(rule for rule in Decision.read(project.paths.decision).rules if rule.name == "robust_accuracy")
+    assert "(version 1, attacked again, without 5 test images that it was trained on) on the same 15" in robust.reason
+
+    project.replace_test_images(train.images)
+    (reason,) = project.judge(project.register(seed=2)).reasons
+    assert reason.startswith("The champion was trained on all 20 test images")

@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 from prefect import Task
+from prefect.client.schemas.objects import State
 from prefect.states import Failed
 from registry_project import Project, make_project
 
@@ -60,7 +61,8 @@ def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> N
 
     async def answers() -> tuple[bool, bool]:
         # Within a running event loop, where `State.result` is a coroutine.
-        away, refused = Failed(data=errors.UnavailableError("away")), Failed(data=UserError("refused"))
+        away: State[object] = Failed(data=errors.UnavailableError("away"))
+        refused: State[object] = Failed(data=UserError("refused"))
         return condition(task, None, away), condition(task, None, refused)
 
     assert asyncio.run(answers()) == (True, False)

@@ -1,4 +1,4 @@
-"""Versions are registered, promoted, rolled back and downloaded, in a real sqlite store with real small models."""
+"""Versions are registered and downloaded, in a real sqlite store with real small models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,9 @@ from d2r_core.errors import UserError
 from d2r_core.files import sha256
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.registry import servable, versions
+from tasks.evaluation.report_schema import RobustnessReport
+from tasks.registry import model_logging, servable, versions
+from tasks.registry.status import identity_of
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +49,6 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
         "robust_accuracy": "0.6",
         "eps": "0.1",
         "checks": "passed",
-        "checks_not_passed": "[]",
         "manifest_sha256": sha256(logged_model_folder(registered) / "manifest.json"),
     }
     assert project.challenger() == version
@@ -58,17 +59,18 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.metrics["test/target/worst"] == 0.6
     assert run.data.metrics["test/guidance/clean"] == 0.98
-    assert files_of(run.info.run_id) == {
-        *("report.html", "model_card.md", "data.html", "robustness.json", "examples.parquet", "comparison.json"),
-        "validation",
-        *("pretrain_history.csv", "train_history.csv", "params.yaml", "dvc.lock", "checkpoint"),
+    assert files_of(run.info.run_id) == {"evaluations", "pretrain_history.csv", "train_history.csv"}
+    evaluation = str(model_logging.evaluation_folder(RobustnessReport.read(project.paths.robustness).identity))
+    files = ("report.html", "model_card.md", "data.html", "robustness.json", "examples.parquet", "comparison.json")
+    assert files_of(run.info.run_id, evaluation) == {
+        f"{evaluation}/{name}" for name in (*files, "validation", "params.yaml", "dvc.lock")
     }
     logged = mlflow.get_logged_model(str(registered.source).removeprefix("models:/"))
     assert (logged.source_run_id, logged.experiment_id) == (run.info.run_id, run.info.experiment_id)
     assert logged.params == run.data.params
     assert not list(project.paths.root.glob("mlruns/*"))  # where the default experiment would be
-    assert files_of(run.info.run_id, "validation") == {"validation/index.html", "validation/accepted.json"}
-    assert files_of(run.info.run_id, "checkpoint") == {"checkpoint/target.json", "checkpoint/target.safetensors"}
+    validation = f"{evaluation}/validation"
+    assert files_of(run.info.run_id, validation) == {f"{validation}/index.html", f"{validation}/accepted.json"}
     # The run missed the second epoch; the first one is not there twice.
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 2.5), (2, 1.5)]
@@ -88,6 +90,12 @@ def test_same_model_is_registered_once(project: Project) -> None:
     assert project.versions() == [1, 2, 3]
     assert project.version(third).run_id == project.version(second).run_id
     assert project.version(third).tags["robust_accuracy"] == "0.1"
+    # And leaves the files of the earlier evaluation as they were.
+    for version, worst in ((second, 0.6), (third, 0.1)):
+        registered = project.version(version)
+        folder = model_logging.evaluation_folder(identity_of(registered))
+        path = mlflow.MlflowClient().download_artifacts(str(registered.run_id), f"{folder}/robustness.json")
+        assert RobustnessReport.read(Path(path)).target.attacks["worst"].accuracy == worst
 
 
 def test_nothing_is_registered_when_logging_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,21 +164,6 @@ def test_artifacts_that_do_not_belong_together(
         versions.register(project.settings, project.paths)
     assert mlflow.MlflowClient().search_registered_models() == []
     assert all(files_of(run.info.run_id) == set() for run in project.runs())
-
-
-def test_rollback_goes_back_step_by_step(project: Project) -> None:
-    promoted = [project.register(seed) for seed in range(3)]
-    for version in promoted:
-        project.promote(version)
-        project.promote(version)  # once more changes nothing
-    assert versions.rollback(project.settings, project.paths) == promoted[1]
-    assert versions.rollback(project.settings, project.paths) == promoted[0]
-
-
-def test_without_champion_there_is_nothing_to_roll_back(project: Project) -> None:
-    assert project.champion() is None
-    with pytest.raises(UserError, match="digits has no champion"):
-        versions.rollback(project.settings, project.paths)
 
 
 def test_a_registered_checkpoint_can_be_had_by_its_reference(project: Project, tmp_path: Path) -> None:
