@@ -43,6 +43,7 @@ class Prepare(Section):
     source: Literal["digits", "image_folder", "cifar10", "cifar100", "tiny_imagenet"]
     path: Text  # image_folder, tiny_imagenet: folder or zip; CIFAR: the archive, or its folder; digits: unused
     image_size: Annotated[int, Field(ge=8, le=512)]  # pixels, both sides
+    fit: Literal["stretch", "crop", "pad"]  # how an image that is not square becomes square
     on_mismatch: Literal["convert", "refuse"]  # a grey image or one of another size
     on_bad_image: Literal["refuse", "quarantine"]  # stop at an unusable image, or go on without it
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class's training images
