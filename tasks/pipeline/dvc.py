@@ -61,6 +61,16 @@ def status(paths: Paths) -> dict[str, Any]:
     return changed
 
 
+def outdated_inputs(stage: str, paths: Paths) -> list[str]:
+    """The stages before `stage`, in their order, that are not up to date."""
+    before, producers = {stage}, upstream(paths)
+    for name in reversed(order(paths)):
+        if name in before:
+            before |= producers[name]
+    changed = status(paths)
+    return [name for name in order(paths) if name in before - {stage} and name in changed]
+
+
 def recorded(paths: Paths) -> set[str]:
     """The stages with a successful run in `dvc.lock`."""
     if not paths.dvc_lock.is_file():

@@ -69,6 +69,14 @@ def test_a_stage_runs_and_is_then_up_to_date(project: Path) -> None:
     assert again.stdout.endswith("stage second: up to date\n")
 
 
+def test_a_stage_after_one_that_is_not_up_to_date_says_so(project: Path) -> None:
+    assert "It used" not in d2r("stage", "second", cwd=project).stdout
+    (project / "input.txt").write_text("changed ")
+    output = d2r("stage", "second", cwd=project).stdout
+    assert "stage second: up to date" in output
+    assert "It used earlier results of first, not up to date with the present files and params.yaml" in output
+
+
 def test_a_failed_stage_is_one_message(project: Path) -> None:
     (project / "behaviour").write_text("second fail")
 
