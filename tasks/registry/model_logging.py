@@ -48,6 +48,7 @@ def log_evaluated_model(
     complete(client, run_id, paths.train_history)
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
+    client.set_tag(run_id, "collapsed", str(metadata["collapsed"]).lower())
     _log_figures(client, run_id, robustness)
     _log_files(client, run_id, paths, str(evaluation_folder(robustness.identity)))
     model_id = servable.log_model(run_id, paths, model, metadata)

@@ -140,6 +140,7 @@ def _tags(metadata: dict[str, Any], robustness: RobustnessReport) -> dict[str, s
         "git_commit": metadata["git_commit"],
         "git_dirty": str(metadata["git_dirty"]).lower(),
         "settings_hash": metadata["settings_hash"],
+        "collapsed": str(metadata["collapsed"]).lower(),
         "clean_accuracy": str(attacks["clean"].accuracy),
         "robust_accuracy": str(attacks["worst"].accuracy),
         "eps": str(attacks["worst"].eps),
