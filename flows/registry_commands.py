@@ -18,11 +18,18 @@ def promote(
     version: _Version,
     reason: _Reason,
     force: Annotated[bool, typer.Option("--force", help="even if the gate refuses it or it is on hold")] = False,
+    to: Annotated[str | None, typer.Option("--to", help="copy it to this registered model, champion there")] = None,
+    server: Annotated[str | None, typer.Option("--server", help="of --to: the address of another MLflow")] = None,
 ) -> None:
-    """Make a version the champion."""
-    from tasks.registry import moves
+    """Make a version the champion, here or in another registered model."""
+    from tasks.registry import moves, transfer
 
     settings, paths = _project()
+    if to or server:
+        name, who = to or settings.promote.model_name, moves.local_user()
+        copy = transfer.promote(settings, paths, version, name=name, server=server, who=who, reason=reason, force=force)
+        typer.echo(f"{settings.promote.model_name} version {version} is @champion of {name} as version {copy}.")
+        return
     moved = moves.promote(
         settings, paths, version, who=moves.local_user(), command="promote", reason=reason, force=force
     )

@@ -55,12 +55,12 @@ def promote(
     """
     name = settings.promote.model_name
     with _moving(settings, paths, reason) as client:
-        registered = _get_version(client, name, version)
+        registered = get_version(client, name, version)
         history.repair(client, name)
         if resolve_alias(client, name, history.ALIAS) == version:
             return False
         if not force:
-            _refuse(client, registered)
+            refuse(client, registered)
         recorded_examples.predict(registered)
         move = _move(registered, who=who, command=command, reason=reason, forced=force)
         history.record_and_move(client, name, move)
@@ -88,7 +88,7 @@ def rollback(settings: Settings, paths: Paths, *, who: str, reason: str, to: int
             return Rollback(repaired.move.from_version, current)
         if to == current:
             return Rollback(None, current)
-        target = _previous_champion(client, name, current) if to is None else _get_version(client, name, to)
+        target = _previous_champion(client, name, current) if to is None else get_version(client, name, to)
         if to is not None and hold_of(client, target):
             raise UserError(f"{name} version {to} is on hold. `d2r release {to}` releases it.")
         recorded_examples.predict(target)
@@ -106,7 +106,7 @@ def release(settings: Settings, paths: Paths, version: int, *, who: str) -> bool
         UserError: there is no such version.
     """
     with connect(settings, paths) as client, registry_lock(client, settings.promote.model_name):
-        registered = _get_version(client, settings.promote.model_name, version)
+        registered = get_version(client, settings.promote.model_name, version)
         released = _release(client, registered)
         if released:
             tag = json.dumps({"who": who, "time": _now()})
@@ -148,14 +148,15 @@ def _moving(settings: Settings, paths: Paths, reason: str) -> Iterator["MlflowCl
         yield client
 
 
-def _get_version(client: "MlflowClient", name: str, version: int) -> "ModelVersion":
+def get_version(client: "MlflowClient", name: str, version: int) -> "ModelVersion":
+    """A version of the registered model `name`. Raises UserError if there is none."""
     registered = find_version(client, name, version)
     if registered is None:
         raise UserError(f"{name} has no version {version}. `d2r models` lists them.")
     return registered
 
 
-def _refuse(client: "MlflowClient", version: "ModelVersion") -> None:
+def refuse(client: "MlflowClient", version: "ModelVersion") -> None:
     """Raise RefusedError unless the version passed the gate and is not on hold."""
     title = f"{version.name} version {version.version}"
     if hold := hold_of(client, version):
@@ -186,7 +187,7 @@ def _move(version: "ModelVersion", *, who: str, command: str, reason: str, force
 
 def _previous_champion(client: "MlflowClient", name: str, current: int) -> "ModelVersion":
     """The last champion before `current` that still exists, has other weights and is not on hold."""
-    same = {int(version.version) for version in _same_weights(client, _get_version(client, name, current))}
+    same = {int(version.version) for version in _same_weights(client, get_version(client, name, current))}
     for number in reversed(history.champions(history.entries(client, name))):
         version = find_version(client, name, number)
         if number not in same and version is not None and hold_of(client, version) is None:
