@@ -7,7 +7,7 @@ from types import FrameType
 import typer
 
 from d2r_core.errors import UserError
-from flows import data_commands, evaluate_command, pipeline_commands, registry_commands
+from flows import data_commands, evaluate_command, gc_command, pipeline_commands, registry_commands
 
 app = typer.Typer(
     help="Trains image classifiers that remain accurate under adversarial attack, from data to champion.",
@@ -28,6 +28,7 @@ for command in (
     registry_commands.release,
     registry_commands.models,
     registry_commands.history,
+    gc_command.gc,
 ):
     app.command()(command)
 

@@ -24,7 +24,7 @@ def promote(
     """Make a version the champion, here or in another registered model."""
     from tasks.registry import moves, transfer
 
-    settings, paths = _project()
+    settings, paths = project()
     if to or server:
         name, who = to or settings.promote.model_name, moves.local_user()
         copy = transfer.promote(settings, paths, version, name=name, server=server, who=who, reason=reason, force=force)
@@ -43,7 +43,7 @@ def rollback(
     """Make an earlier version the champion again and put the present one on hold."""
     from tasks.registry import moves
 
-    settings, paths = _project()
+    settings, paths = project()
     result = moves.rollback(settings, paths, who=moves.local_user(), reason=reason, to=to)
     if result.left is None:
         typer.echo(f"{settings.promote.model_name} version {result.champion} is @champion already.")
@@ -56,7 +56,7 @@ def release(version: _Version) -> None:
     """End the hold of a version: automatic runs may promote it again."""
     from tasks.registry import moves
 
-    settings, paths = _project()
+    settings, paths = project()
     released = moves.release(settings, paths, version, who=moves.local_user())
     typer.echo(f"{settings.promote.model_name} version {version} {'is released' if released else 'is not on hold'}.")
 
@@ -70,7 +70,7 @@ def models() -> None:
 
     from tasks.registry import status
 
-    settings, paths = _project()
+    settings, paths = project()
     versions = status.all_versions(settings, paths)
     if not versions:
         typer.echo("There are no versions yet: `d2r run` registers one.")
@@ -96,7 +96,7 @@ def history() -> None:
 
     from tasks.registry import moves, status
 
-    settings, paths = _project()
+    settings, paths = project()
     entries = moves.read_history(settings, paths) if status.store_exists(settings, paths) else []
     if not entries:
         typer.echo("@champion has not moved yet.")
@@ -125,7 +125,7 @@ def _print(table: object) -> None:
     Console(markup=False).print(table)
 
 
-def _project() -> tuple["Settings", "Paths"]:
+def project() -> tuple["Settings", "Paths"]:
     """The settings and paths of the current folder. Raises UserError outside of a project."""
     from tasks.config import settings as settings_file
     from tasks.config.paths import Paths
