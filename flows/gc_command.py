@@ -9,7 +9,7 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="delete it; without this it is only listed")] = False,
     keep_days: Annotated[float, typer.Option("--keep-days", min=0, help="what is younger stays")] = 30,
 ) -> None:
-    """List what nothing refers to any more, and delete it with --delete."""
+    """List, or with --delete delete, what nothing refers to."""
     import tempfile
     from pathlib import Path
 

@@ -21,7 +21,7 @@ def promote(
     to: Annotated[str | None, typer.Option("--to", help="copy it to this registered model, champion there")] = None,
     server: Annotated[str | None, typer.Option("--server", help="of --to: the address of another MLflow")] = None,
 ) -> None:
-    """Make a version the champion, here or in another registered model."""
+    """Make a version the champion, here or in another model."""
     from tasks.registry import moves, transfer
 
     settings, paths = project()
@@ -40,7 +40,7 @@ def rollback(
     reason: _Reason,
     to: Annotated[int | None, typer.Option("--to", min=1, help="the version; by default the champion before")] = None,
 ) -> None:
-    """Make an earlier version the champion again and put the present one on hold."""
+    """Return to an earlier champion; puts the present one on hold."""
     from tasks.registry import moves
 
     settings, paths = project()
@@ -62,7 +62,7 @@ def release(version: _Version) -> None:
 
 
 def models() -> None:
-    """List the versions with their aliases, the gate's verdict, holds and accuracies."""
+    """List the versions: aliases, gate, holds, accuracies."""
     import json
     from datetime import datetime
 
