@@ -5,7 +5,8 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 
 # After a crash, pytest-xdist may wait for ever for restarted workers: the first crash ends the run.
-# In the order of the folders: with the most tests first, the longest file, which has one test, would run alone at the end.
+# In the order of the folders: if files with more tests came first, the longest one, which has one test, would run alone
+# at the end.
 WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 export PATH := $(PATH):$(CURDIR)/.venv/bin
