@@ -56,9 +56,13 @@ def prefect_server() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window, driven by Playwright."""
+    """Chromium without a window, driven by Playwright.
+
+    Ended with its module: as long as Playwright runs, it keeps an event loop in this thread, in which no test of another
+    module could call `asyncio.run`.
+    """
     executable = shutil.which("chromium")
     if executable is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")

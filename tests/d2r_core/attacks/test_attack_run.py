@@ -173,6 +173,7 @@ def project(tmp_path: Path, tiny_settings: Callable[..., Settings]) -> tuple[Set
     return settings, paths
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_is_continued_by_other_processes_to_the_same_figures(
     project: tuple[Settings, Paths],
 ) -> None:
