@@ -40,6 +40,9 @@ def log_evaluated_model(
 
     Args:
         metadata: the target checkpoint's JSON.
+
+    Raises:
+        UserError: the weights are damaged, or their export to ONNX fails. No model is logged then.
     """
     from tasks.registry import integrity, servable  # which imports MLflow
 
@@ -51,7 +54,7 @@ def log_evaluated_model(
     client.set_tag(run_id, "collapsed", str(metadata["collapsed"]).lower())
     _log_figures(client, run_id, robustness)
     _log_files(client, run_id, paths, str(evaluation_folder(robustness.identity)))
-    model_id = servable.log_model(run_id, paths, model, metadata)
+    model_id = servable.log_model(run_id, paths, model, metadata, settings.promote)
     return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
 
 
