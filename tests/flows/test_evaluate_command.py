@@ -27,7 +27,13 @@ from tasks.evaluation.report_schema import AttackFigures, RobustnessReport
 
 pytestmark = pytest.mark.slow
 
-ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
+ARCHITECTURE: dict[str, Any] = {
+    "name": "wide_resnet",
+    "num_classes": 10,
+    "image_size": 8,
+    "depth": 10,
+    "widen_factor": 1,
+}
 OPTIONS = ["--architecture", "wide_resnet", "--depth", "10", "--widen-factor", "1"]
 
 
@@ -77,6 +83,7 @@ def save_wrong_files() -> None:
     torch.save(digits.state(), "right.pt")
     torch.save(models.build("wide_resnet", num_classes=7, image_size=8, depth=10, widen_factor=1).state_dict(), "7.pt")
     torch.save({"state_dict": digits.state(), "made_by": Path("x")}, "pickle.pt")
+    torch.save({"model": digits.state(), "ema": digits.state()}, "two.pt")
     torch.save({"epoch": 3}, "empty.pt")
     Path("text.pt").write_text("weights")
 
@@ -89,7 +96,22 @@ def save_wrong_files() -> None:
         (["empty.pt", *OPTIONS], r"empty\.pt: holds no weights"),
         (["pickle.pt", *OPTIONS], r"it is a pickle that asks for pathlib\.\w+, and code from a file is never run"),
         (["7.pt", *OPTIONS], r"7\.pt: has 7 classes, not 10 as the data has"),
-        (["right.pt", "--architecture", "preact_resnet18"], r"does not fit PreActResNet18: it lacks layer1\.0"),
+        (
+            ["right.pt", "--architecture", "preact_resnet18", "--shortcut-from", "input"],
+            r"does not fit PreActResNet18: it lacks layer1\.0",
+        ),
+        (["right.pt", "--architecture", "preact_resnet18"], r"preact_resnet18 needs --shortcut-from \(activated as in"),
+        (["right.pt", "--architecture", "resnet18"], r"resnet18 needs --strides \(1,2,2,2 as in TRADES"),
+        (
+            ["right.pt", "--architecture", "dm_preact_resnet18"],
+            r"dm_preact_resnet18 needs --activation and --normalize \(or --mean and --std\)",
+        ),
+        (["right.pt", *OPTIONS, "--activation", "silu"], r"wide_resnet has no --activation"),
+        (["right.pt", *OPTIONS, "--mean", "0.5,0.5,0.5"], r"--mean and --std together, or by --normalize NAME"),
+        (["right.pt", *OPTIONS, "--mean", "125,123,114", "--std", "1,1,1"], r"--mean 125,123,114: write three numbers"),
+        (["right.pt", *OPTIONS, "--mean", "0,0,0", "--std", "1,1,0"], r"--std 1,1,0: must be above 0"),
+        (["two.pt", *OPTIONS], r"two\.pt: holds 2 sets of weights: model, ema\. Say which one: --key NAME"),
+        (["right.pt", *OPTIONS, "--expect-clean", "40"], r"--expect-clean 40: the clean accuracy is \d+\.\d+% \("),
         (["right.pt"], r"right\.pt: has no JSON beside it, so its architecture must be given: --architecture"),
         (["right.pt", "--architecture", "wide_resnet"], r"wide_resnet needs --depth and --widen-factor"),
         (["right.pt", *OPTIONS, "--width", "16"], r"wide_resnet has no --width"),
@@ -106,6 +128,52 @@ def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
     assert isinstance(refused.exception, UserError), refused.exception
     with pytest.raises(UserError, match=message):
         raise refused.exception
+
+
+@pytest.mark.parametrize(("options", "assumed"), [([], True), (["--normalize", "none"], False)])
+def test_what_is_assumed_of_a_checkpoint_is_said(options: list[str], assumed: bool) -> None:
+    save_wrong_files()
+    stopped = evaluate("--checkpoint", "right.pt", *OPTIONS, *options, "--expect-clean", "1")
+    assert "--expect-clean 1: the clean accuracy is" in str(stopped.exception)
+    assert ("assumed to take pixels in [0, 1] as they are" in stopped.stderr) == assumed
+
+
+def test_the_expected_clean_accuracy_lets_the_right_model_pass_alone(folder: Path) -> None:
+    """A model that was trained behind a normalisation fits without it, and is wrong."""
+    behind = {**digits.state(), "conv1.weight": digits.state()["conv1.weight"] * 0.1}  # images are divided by 0.1
+    torch.save({"model": digits.network().state_dict(), "ema": behind}, "theirs.pt")
+    options = ["--checkpoint", "theirs.pt", *OPTIONS, "--key", "ema", "--steps", "1", "--eps", "0.01", "--out", "out"]
+    normalization = {"mean": [0.0] * 3, "std": [0.1] * 3}
+    config = EvaluationConfig(batch_size=40, seed=0, device=torch.device("cpu"))
+    save_split(folder / "ten.safetensors", digits.unseen(200))
+    normalised = models.build(**ARCHITECTURE, normalization=normalization)
+    models.load_weights(normalised, folder / "theirs.pt", key="ema")
+    correct = run_attack(normalised, digits.unseen(200), Clean(), config).correct(digits.unseen(200).labels)
+    clean = 100 * float(correct.double().mean())
+    assert clean > 80
+
+    refused = evaluate(*options, "--normalize", "none", "--expect-clean", f"{clean:.2f}")
+    passed = evaluate(*options, "--mean", "0,0,0", "--std", "0.1,0.1,0.1", "--expect-clean", f"{clean:.2f}")
+
+    assert "so this is another model than the expected one" in str(refused.exception)
+    assert passed.exit_code == 0, passed.exception
+    assert attacks("out")["clean"].accuracy == clean / 100
+    report = RobustnessReport.read(Path("out/robustness.json"))
+    assert report.target.architecture["normalization"] == normalization
+    assert report.warnings == ()
+
+
+def test_an_accuracy_near_chance_is_a_warning(folder: Path) -> None:
+    """Weights that fit by name and shape, in the variant that they were not trained in."""
+    torch.manual_seed(0)
+    torch.save(models.build(**ARCHITECTURE).state_dict(), "untrained.pt")
+    save_split(folder / "ten.safetensors", digits.unseen(100))
+    options = [*OPTIONS, "--normalize", "none", "--steps", "1", "--eps", "0.01", "--out", "out"]
+    evaluated = evaluate("--checkpoint", "untrained.pt", *options)
+    assert evaluated.exit_code == 0, evaluated.exception
+    (warning,) = RobustnessReport.read(Path("out/robustness.json")).warnings
+    assert "near chance (10.00%): the model is hardly the one that it is taken for" in warning
+    assert f"warning: {warning}" in evaluated.stderr
 
 
 def test_data_may_be_raw_images_of_a_test_split_alone(folder: Path) -> None:
