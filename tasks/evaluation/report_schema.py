@@ -133,6 +133,7 @@ class RobustnessReport(_Schema):
     models: Annotated[dict[str, EvaluatedModel], _holds("target")]  # and "guidance", where a chain was evaluated
     settings_hash: str  # of the seed and the section `evaluate`
     checkpoint: str | None = None  # as `d2r evaluate` was given it; None for a chain's own models
+    warnings: tuple[str, ...] = ()  # sentences about the target, such as an accuracy near chance
 
     @classmethod
     def read(cls, path: Path) -> "RobustnessReport":
