@@ -156,9 +156,10 @@ def _show(robustness: "RobustnessReport", folder: Path) -> None:
     import rich
     from rich.table import Table
 
-    columns = ["attack", "eps", "step size, steps, restarts", "correct", "accuracy", "95 % interval"]
+    columns = ["attack", "eps", "step size, steps, restarts", "correct", "accuracy", "95 % interval", "passes"]
     table = Table(*columns, title=f"Accuracy under attack ({robustness.norm})")
-    for figures in robustness.target.attacks.values():
+    for key, figures in robustness.target.attacks.items():
+        cost = robustness.target.costs.get(key)
         low, high = figures.interval
         conditions = (figures.step_size, figures.steps, figures.restarts)
         table.add_row(
@@ -168,8 +169,13 @@ def _show(robustness: "RobustnessReport", folder: Path) -> None:
             f"{figures.correct} of {figures.images}",
             f"{figures.accuracy:.2%}",
             f"{low:.2%} to {high:.2%}",
+            f"{cost.forward_passes:,} + {cost.backward_passes:,}, {cost.seconds:.0f} s" if cost else "",
         )
     rich.print(table)
+    median = robustness.target.curves.median_perturbation
+    if median:
+        where = f"{median.above:.5g} to {median.at_most:.5g} of the curve"
+        typer.echo(f"median minimal perturbation ({robustness.norm}) {median.value:.5g} (between {where})")
     for check in robustness.target.checks:
         typer.echo(f"{_RESULTS[check.passed]:<10} {check.name}. {check.message}")
     typer.echo(f"figures    {folder}")

@@ -68,6 +68,10 @@ def test_a_published_checkpoint_and_our_own_give_the_same_figures(folder: Path) 
     theirs = evaluate("--checkpoint", "theirs.pt", *OPTIONS, "--out", "b", "--eps", "0.2", "--steps", "3")
     assert theirs.exit_code == 0, theirs.exception
     assert attacks("a") == attacks("b")
+    target = RobustnessReport.read(Path("a/robustness.json")).target
+    assert list(target.costs) == ["fgsm", "pgd", "cw"]
+    assert target.curves.median_perturbation is not None
+    assert f"median minimal perturbation (Linf) {target.curves.median_perturbation.value:.5g}" in ours.stdout
     pgd = attacks("a")["pgd"]
     assert (pgd.eps, pgd.steps, pgd.images) == (0.2, 3, 10)
     assert pgd.step_size == pytest.approx(0.05 * 0.2 / digits.EPS)

@@ -43,6 +43,9 @@ def test_any_module_gets_figures_curves_and_self_checks() -> None:
     assert (pgd["accuracy"], pgd["interval"], pgd["per_class"]) == (0.5, list(wilson(3, 6)), [0.5, 0.5, None])
     assert evaluation.eps_curve.robust(0.1).tolist() == [True, True, False, False, True, False]
     assert evaluation.steps_curve.robust.shape == (7, 6)
+    passes = {key: (cost.forward_passes, cost.backward_passes) for key, cost in evaluation.costs.items()}
+    assert passes["fgsm"] == (6 + 5 + 5, 5), "each image, the step from the five right ones, its result"
+    assert list(passes) == ["fgsm", "pgd", "cw"]
     checks = {check.key: check.passed for check in evaluation.self_checks}
     assert tuple(checks) == SELF_CHECKS
     assert {key for key, passed in checks.items() if passed is None} == {"black_box", "transfer"}
