@@ -108,7 +108,7 @@ def test_data_streamed_from_a_file_train_bitwise_like_data_on_the_device(tmp_pat
 
 @pytest.mark.parametrize("which", ["train", "validation"])
 def test_images_that_are_not_bytes_are_refused(which: str) -> None:
-    """Floats may be in [0, 1], in [0, 255] or normalised: trained on as if they were bytes, they are another data set."""
+    """Floats may be in [0, 1], in [0, 255] or normalised: taken for bytes, they are other images."""
     splits = {"train": split(0), "validation": split(1)}
     splits[which] = Split(splits[which].images / 255, splits[which].labels)
     with pytest.raises(ValueError, match=r"images are torch\.float32 \(128, 3, 8, 8\); expected uint8 \(N, 3, H, W\)"):
