@@ -1,5 +1,6 @@
 """`d2r evaluate`: any checkpoint under the attacks of params.yaml."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -47,6 +48,9 @@ def evaluate(
     autoattack: Annotated[Literal["quick", "standard"] | None, typer.Option(help="instead of evaluate's")] = None,
     autoattack_images: Annotated[int | None, typer.Option(help="instead of evaluate's; 0: not run")] = None,
     check_images: Annotated[int | None, typer.Option(help="instead of evaluate.check_images")] = None,
+    write_claim: Annotated[
+        bool, typer.Option("--write-claim", help="write claim.json, RobustBench's model_info")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="folder of the results")] = None,
 ) -> None:
     """Attack any checkpoint as the chain attacks its own.
@@ -64,6 +68,7 @@ def evaluate(
     from tasks.data import evaluation_images
     from tasks.evaluation import evaluate_models
     from tasks.evaluation.evaluate_models import EvaluationSetup
+    from tasks.reporting import claim
 
     paths = Paths()
     settings = _overridden(
@@ -102,6 +107,8 @@ def evaluate(
         seed=settings.seed,
         cache_root=paths.state,
     )
+    if write_claim:
+        claim.require_claimable(images.source, len(images.split), settings.evaluate)
     warning = _check_clean(target, setup, expect_clean)
     try:
         evaluation = evaluate_models.evaluate_models(models, setup)
@@ -114,6 +121,9 @@ def evaluate(
     evaluation.write(folder)
     artifacts = report.read(folder)
     files.write_text(folder / "report.html", report.render(artifacts, settings))
+    if write_claim:
+        info = json.dumps(claim.model_info(artifacts.robustness), indent=2)
+        files.write_text(folder / "claim.json", f"{info}\n")
     evaluate_models.clear_cache(models, setup)
     _show(artifacts.robustness, folder)
 
@@ -180,3 +190,5 @@ def _show(robustness: "RobustnessReport", folder: Path) -> None:
         typer.echo(f"{_RESULTS[check.passed]:<10} {check.name}. {check.message}")
     typer.echo(f"figures    {folder}")
     typer.echo(f"report     {folder / 'report.html'}")
+    if (folder / "claim.json").is_file():
+        typer.echo(f"claim      {folder / 'claim.json'}, in which its authors fill in what is null")

@@ -180,6 +180,49 @@ def test_an_accuracy_near_chance_is_a_warning(folder: Path) -> None:
     assert f"warning: {warning}" in evaluated.stderr
 
 
+def test_a_claim_is_what_robustbench_reads(folder: Path) -> None:
+    prepared = folder / "prepared"
+    prepared.mkdir()
+    save_split(prepared / "test.safetensors", digits.unseen(10))
+    manifest = {"source": "cifar10", "classes": [str(label) for label in range(10)], "hash": "of the images"}
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    save_wrong_files()
+    options = [
+        "--checkpoint",
+        "right.pt",
+        *OPTIONS,
+        "--normalize",
+        "none",
+        "--write-claim",
+        "--steps",
+        "1",
+        "--out",
+        "out",
+    ]
+    refused = evaluate(*options, data="prepared")
+    elsewhere = evaluate(*options)
+    standard = ["--autoattack", "standard", "--autoattack-images", "10", "--eps", "64/255"]
+    claimed = evaluate(*options, *standard, data="prepared")
+
+    assert "on all test images: --autoattack standard --autoattack-images 10." in str(refused.exception)
+    assert "the data are ten.safetensors; RobustBench takes cifar10 and cifar100" in str(elsewhere.exception)
+    assert claimed.exit_code == 0, claimed.exception
+    figures = attacks("out")
+    assert json.loads(Path("out/claim.json").read_text()) == {
+        **dict.fromkeys(("link", "name", "authors", "additional_data", "venue", "reported")),
+        "number_forward_passes": 1,
+        "dataset": "cifar10",
+        "architecture": "WideResNet-10-1",
+        "eps": "64/255",
+        "clean_acc": f"{100 * figures['clean'].accuracy:.2f}",
+        "autoattack_acc": f"{100 * figures['autoattack'].accuracy:.2f}",
+        "unreliable": any(
+            check.passed is False for check in RobustnessReport.read(Path("out/robustness.json")).target.checks
+        ),
+        "footnote": "Evaluated on 10 test images.",
+    }
+
+
 def test_data_may_be_raw_images_of_a_test_split_alone(folder: Path) -> None:
     from PIL import Image
 
