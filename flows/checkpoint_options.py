@@ -88,7 +88,10 @@ def load(
             path = versions.download(settings, paths, reference, Path(folder))
         if not path.is_file():
             raise UserError(f"{path}: there is no such file.")
-        if checkpoint.metadata_path(path).is_file() and not architecture:
+        if checkpoint.metadata_path(path).is_file() and "name" not in architecture:
+            if architecture or key:
+                given = " and ".join([*map(_flag, sorted(architecture)), *(["--key"] if key else [])])
+                raise UserError(f"{path}: the JSON beside it describes the model: leave out {given}.")
             model, metadata = checkpoint.load(path, device)
             for name, value in shape.items():
                 if metadata["architecture"][name] != value:
@@ -116,12 +119,16 @@ def complete(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     allowed = _NEEDED[name] | _ALLOWED.get(name, set()) | {"normalization"}
     for what, keys in (("needs", _NEEDED[name] - given), ("has no", given - allowed)):
         if keys:
-            flags = [_FLAGS.get(key, f"--{key}".replace("_", "-")) for key in sorted(keys)]
+            flags = [_flag(key) for key in sorted(keys)]
             hints = [f" ({_HINTS[key]})" for key in sorted(keys) if what == "needs" and key in _HINTS]
             raise UserError(f"{name} {what} {' and '.join(flags)}{''.join(hints)}.")
     if "depth" in architecture and (architecture["depth"] < 10 or (architecture["depth"] - 4) % 6):
         raise UserError(f"--depth {architecture['depth']}: allowed are 10, 16, 22, 28, 34, ... (6 n + 4).")
     return {key: value for key, value in architecture.items() if value is not None}
+
+
+def _flag(key: str) -> str:
+    return _FLAGS.get(key, f"--{key}".replace("_", "-"))
 
 
 def _strides(text: str) -> tuple[int, ...]:

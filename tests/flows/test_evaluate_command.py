@@ -88,6 +88,7 @@ def save_wrong_files() -> None:
     torch.save(models.build("wide_resnet", num_classes=7, image_size=8, depth=10, widen_factor=1).state_dict(), "7.pt")
     torch.save({"state_dict": digits.state(), "made_by": Path("x")}, "pickle.pt")
     torch.save({"model": digits.state(), "ema": digits.state()}, "two.pt")
+    checkpoint.save(Path("ours.safetensors"), digits.model(), {"architecture": ARCHITECTURE})
     torch.save({"epoch": 3}, "empty.pt")
     Path("text.pt").write_text("weights")
 
@@ -115,6 +116,10 @@ def save_wrong_files() -> None:
         (["right.pt", *OPTIONS, "--mean", "125,123,114", "--std", "1,1,1"], r"--mean 125,123,114: write three numbers"),
         (["right.pt", *OPTIONS, "--mean", "0,0,0", "--std", "1,1,0"], r"--std 1,1,0: must be above 0"),
         (["two.pt", *OPTIONS], r"two\.pt: holds 2 sets of weights: model, ema\. Say which one: --key NAME"),
+        (
+            ["ours.safetensors", "--normalize", "none", "--key", "ema"],
+            r"leave out --normalize \(or --mean and --std\) and --key",
+        ),
         (["right.pt", *OPTIONS, "--expect-clean", "40"], r"--expect-clean 40: the clean accuracy is \d+\.\d+% \("),
         (["right.pt"], r"right\.pt: has no JSON beside it, so its architecture must be given: --architecture"),
         (["right.pt", "--architecture", "wide_resnet"], r"wide_resnet needs --depth and --widen-factor"),
