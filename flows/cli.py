@@ -3,6 +3,7 @@
 import signal
 import sys
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -31,6 +32,23 @@ for command in (
     gc_command.gc,
 ):
     app.command()(command)
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        typer.echo(f"d2r {version('d2r')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What `d2r` takes before a command."""
 
 
 def main() -> None:

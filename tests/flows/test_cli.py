@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def failure(*arguments: str, cwd: Path) -> str:
     assert process.stderr.startswith("error: ")
     assert "Traceback" not in process.stdout + process.stderr
     return process.stderr
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    process = d2r("--version", cwd=tmp_path)
+
+    assert (process.returncode, process.stdout) == (0, f"d2r {metadata.version('d2r')}\n")
 
 
 def test_help_shows_every_command_and_imports_nothing_heavy(tmp_path: Path) -> None:
