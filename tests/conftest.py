@@ -60,8 +60,8 @@ def prefect_server() -> Iterator[None]:
 def browser() -> Iterator[Any]:
     """Chromium without a window, driven by Playwright.
 
-    Ended with its module: as long as Playwright runs, it keeps an event loop in this thread, in which no test of another
-    module could call `asyncio.run`.
+    Ended with its module: as long as Playwright runs, it keeps an event loop in this thread, in which no test of
+    another module could call `asyncio.run`.
     """
     executable = shutil.which("chromium")
     if executable is None:

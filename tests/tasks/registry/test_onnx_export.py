@@ -89,7 +89,9 @@ class DataDependent(nn.Module):
 
 def test_a_model_that_cannot_be_exported_is_one_message(tmp_path: Path) -> None:
     model = DataDependent().eval()
-    with pytest.raises(UserError, match=r"cannot be exported to ONNX \(.*data-dependent.*\), so nothing is registered") as error:
+    with pytest.raises(
+        UserError, match=r"cannot be exported to ONNX \(.*data-dependent.*\), so nothing is registered"
+    ) as error:
         onnx_export.write(model, CLASSES, record(tmp_path, model, 16))
     assert "\n" not in str(error.value)
 
