@@ -7,7 +7,14 @@ from types import FrameType
 import typer
 
 from d2r_core.errors import UserError
-from flows import data_commands, evaluate_command, pipeline_commands, registry_commands
+from flows import (
+    data_commands,
+    evaluate_command,
+    lineage_command,
+    pipeline_commands,
+    registry_commands,
+    reproduce_command,
+)
 
 app = typer.Typer(
     help="Trains image classifiers that remain accurate under adversarial attack, from data to champion.",
@@ -28,6 +35,8 @@ for command in (
     registry_commands.release,
     registry_commands.models,
     registry_commands.history,
+    lineage_command.lineage,
+    reproduce_command.reproduce,
 ):
     app.command()(command)
 

@@ -125,6 +125,26 @@ def reproduce(stage: str, paths: Paths, log: Callable[[str], None]) -> StageResu
     raise UserError(f"stage {stage!r} failed: {error}{'' if complete else _restore(stage, paths)}")
 
 
+def run_again(stage: str, paths: Paths, log: Callable[[str], None]) -> None:
+    """Run one stage, whatever DVC considers up to date, and without its cache of runs. The outs are deleted first.
+
+    Raises:
+        BusyError: another DVC process is working on the same files.
+        UserError: an input or the stage itself failed; contains the last output of the stage.
+    """
+    arguments = ["repro", "--single-item", "--force", stage]
+    code, lines = _execute(arguments, paths, log, terminal=sys.stderr.isatty())
+    if code:
+        error = _error(lines)
+        raise error if isinstance(error, BusyError) else UserError(f"stage {stage!r} failed: {error}")
+
+
+def dvc_file(path: str, paths: Paths) -> str | None:
+    """The `.dvc` file that tracks `path` or a folder above it; None if there is none."""
+    candidates = [f"{each}.dvc" for each in (PurePosixPath(path), *PurePosixPath(path).parents) if each.name]
+    return next((candidate for candidate in candidates if (paths.root / candidate).is_file()), None)
+
+
 def _stages(paths: Paths) -> dict[str, dict[str, Any]]:
     file = paths.root / "dvc.yaml"
     if not file.is_file():
@@ -151,31 +171,25 @@ def _check_inputs(stage: str, stages: dict[str, dict[str, Any]], settings: Setti
             raise UserError(
                 f"stage {stage!r} needs {path}, which stage {producer!r} produces: run `d2r stage {producer}` first."
             )
-        if dvc_file := _dvc_file(path, paths):
-            _pull(dvc_file, path, paths)
+        if record := dvc_file(path, paths):
+            _pull(record, path, paths)
             continue
         key = re.search(r"\$\{(.+?)\}", dep)
         where = f"params.yaml: {key[1]} is {path!r}" if key else f"stage {stage!r} needs {path}"
         raise UserError(f"{where}, which does not exist.")
 
 
-def _dvc_file(path: str, paths: Paths) -> str | None:
-    """The `.dvc` file that tracks `path` or a folder above it; None if there is none."""
-    candidates = [f"{each}.dvc" for each in (PurePosixPath(path), *PurePosixPath(path).parents) if each.name]
-    return next((candidate for candidate in candidates if (paths.root / candidate).is_file()), None)
-
-
-def _pull(dvc_file: str, path: str, paths: Paths) -> None:
+def _pull(record: str, path: str, paths: Paths) -> None:
     """Fetch missing data that DVC tracks from the cache or the remote."""
     try:
-        run_dvc(["pull", dvc_file], paths)
+        run_dvc(["pull", record], paths)
     except BusyError:
         raise
     except UserError as error:
         reason = str(error).partition("\n")[0]
         details = "" if "Checkout failed" in reason else f" DVC's message: {reason}"
         raise UserError(
-            f"{path}: is tracked by DVC ({dvc_file}), but neither the local cache nor the remote has its content. Run "
+            f"{path}: is tracked by DVC ({record}), but neither the local cache nor the remote has its content. Run "
             f"`dvc push` where the data is available, or configure the remote (`dvc remote add -d`).{details}"
         ) from None
 

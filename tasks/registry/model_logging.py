@@ -14,6 +14,7 @@ from tasks.config.credentials import redact
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Identity, RobustnessReport
+from tasks.registry.provenance import PrefectRun
 from tasks.tracking import metric_uploader, runs
 from tasks.tracking.lineage import Lineage
 
@@ -31,7 +32,12 @@ class LoggedModel(NamedTuple):
 
 
 def log_evaluated_model(
-    client: "MlflowClient", settings: Settings, paths: Paths, metadata: dict[str, Any], robustness: RobustnessReport
+    client: "MlflowClient",
+    settings: Settings,
+    paths: Paths,
+    metadata: dict[str, Any],
+    robustness: RobustnessReport,
+    prefect_run: PrefectRun | None,
 ) -> LoggedModel:
     """Log the evaluated target model to the run that trained it.
 
@@ -40,6 +46,7 @@ def log_evaluated_model(
 
     Args:
         metadata: the target checkpoint's JSON.
+        prefect_run: the flow run that registers the model, if there is one.
     """
     from tasks.registry import integrity, servable  # which imports MLflow
 
@@ -49,8 +56,9 @@ def log_evaluated_model(
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
-    _log_files(client, run_id, paths, str(evaluation_folder(robustness.identity)))
-    model_id = servable.log_model(run_id, paths, model, metadata)
+    run_folder = str(evaluation_folder(robustness.identity))
+    _log_files(client, run_id, paths, run_folder)
+    model_id = servable.log_model(run_id, paths, model, metadata, run_folder, prefect_run)
     return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
 
 

@@ -25,7 +25,8 @@ from torch import nn
 
 from d2r_core import checkpoint, data
 from tasks.config.paths import Paths
-from tasks.registry import integrity, recorded_examples, training_images
+from tasks.registry import integrity, provenance_files, recorded_examples, training_images
+from tasks.registry.provenance import PrefectRun
 
 MAX_IMAGES = 1024  # of one request
 _BATCH = 128  # bounds the memory for activations
@@ -118,12 +119,20 @@ def _load_pyfunc(path: str) -> ServedModel:
     return ServedModel(model, described["classes"], described["architecture"]["image_size"])
 
 
-def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[str, Any]) -> str:
+def log_model(
+    run_id: str,
+    paths: Paths,
+    model: nn.Module,
+    described: Mapping[str, Any],
+    run_folder: str,
+    prefect_run: PrefectRun | None,
+) -> str:
     """Log the evaluated target model to a run as "model", with its manifest; returns MLflow's id of the logged model.
 
     Args:
         model: in eval mode, on the CPU.
         described: the checkpoint's JSON.
+        run_folder, prefect_run: as `provenance_files.write` takes them.
     """
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -146,6 +155,7 @@ def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[st
             shutil.copy(source, content)
         training_images.write(paths, content)
         recorded_examples.write(paths, model, content)
+        provenance_files.write(paths, content, run_folder, prefect_run)
         logged = Model.log(
             artifact_path=None,  # deprecated, but without a default
             model_id=begun.model_id,
