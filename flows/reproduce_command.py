@@ -49,8 +49,8 @@ def _lines(result: "Reproduction") -> list[str]:
     different, total = result.predictions
     figures = sum(not figure.same for figure in result.figures)
     lines = [
-        f"figures: {f'{figures} of {len(result.figures)} differ' if figures else f'all {len(result.figures)} the same'}",
-        f"predictions: {f'{different} of {total} differ' if different else f'all {total} the same'}",
+        f"figures: {_counted(figures, len(result.figures))}",
+        f"predictions: {_counted(different, total)}",
         *(_weights(weights) for weights in result.weights),
         *(f"differs from the record: {line}" for line in result.differences),
         f"folder: {result.project}",
@@ -59,6 +59,10 @@ def _lines(result: "Reproduction") -> list[str]:
     if not result.same and not result.differences:
         lines.insert(-2, "Code, packages and machine are as recorded.")
     return lines
+
+
+def _counted(different: int, total: int) -> str:
+    return f"{different} of {total} differ" if different else f"all {total} the same"
 
 
 def _weights(weights: "WeightsComparison") -> str:

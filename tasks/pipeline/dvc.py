@@ -99,17 +99,8 @@ def reproduce(stage: str, paths: Paths, log: Callable[[str], None]) -> StageResu
         raise UserError(f"there is no stage {stage!r}.{hint} The stages are: {', '.join(order(paths))}.")
     # Both checks come before DVC, which deletes the outs before it detects these errors.
     _check_inputs(stage, stages, settings_file.load(paths.params), paths)
-    running = True
-
-    def relay(line: str) -> None:
-        nonlocal running
-        # After the stage, DVC only prints advice about git, once per stage.
-        running = running and line not in ("Generating lock file 'dvc.lock'", "Updating lock file 'dvc.lock'")
-        if running:
-            log(line)
-
     try:
-        code, lines = _execute(["repro", "--single-item", stage], paths, relay, terminal=sys.stderr.isatty())
+        code, lines = _execute(["repro", "--single-item", stage], paths, _of_stage(log), terminal=sys.stderr.isatty())
     except BaseException:
         log(f"stage {stage!r} was interrupted.{_restore(stage, paths)}".replace("\n", " "))
         raise
@@ -133,7 +124,7 @@ def run_again(stage: str, paths: Paths, log: Callable[[str], None]) -> None:
         UserError: an input or the stage itself failed; contains the last output of the stage.
     """
     arguments = ["repro", "--single-item", "--force", stage]
-    code, lines = _execute(arguments, paths, log, terminal=sys.stderr.isatty())
+    code, lines = _execute(arguments, paths, _of_stage(log), terminal=sys.stderr.isatty())
     if code:
         error = _error(lines)
         raise error if isinstance(error, BusyError) else UserError(f"stage {stage!r} failed: {error}")
@@ -143,6 +134,19 @@ def dvc_file(path: str, paths: Paths) -> str | None:
     """The `.dvc` file that tracks `path` or a folder above it; None if there is none."""
     candidates = [f"{each}.dvc" for each in (PurePosixPath(path), *PurePosixPath(path).parents) if each.name]
     return next((candidate for candidate in candidates if (paths.root / candidate).is_file()), None)
+
+
+def _of_stage(log: Callable[[str], None]) -> Callable[[str], None]:
+    """`log` for the lines of the stage alone: after it, DVC only prints advice about git, once per stage."""
+    running = True
+
+    def relay(line: str) -> None:
+        nonlocal running
+        running = running and line not in ("Generating lock file 'dvc.lock'", "Updating lock file 'dvc.lock'")
+        if running:
+            log(line)
+
+    return relay
 
 
 def _stages(paths: Paths) -> dict[str, dict[str, Any]]:

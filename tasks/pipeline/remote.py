@@ -1,6 +1,7 @@
 """DVC's remotes: which one is the default, and whether it has what was made here."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,8 +27,12 @@ def remotes(paths: Paths) -> list[Remote]:
     """The remotes of all of DVC's configuration files; none outside of a DVC project."""
     if not (paths.root / ".dvc").is_dir():
         return []
-    rows = [line.split("\t") for line in dvc.run_dvc(["remote", "list"], paths) if "\t" in line]
-    return [Remote(name.strip(), without_credentials(url.strip()), bool(marks)) for name, url, *marks in rows]
+    # Not `dvc remote list`, which breaks long lines.
+    values = dict(line.split("=", 1) for line in dvc.run_dvc(["config", "--list"], paths) if "=" in line)
+    urls = {match[1]: url for key, url in values.items() if (match := re.fullmatch(r"remote\.(.+)\.url", key))}
+    return [
+        Remote(name, without_credentials(url), name == values.get("core.remote")) for name, url in sorted(urls.items())
+    ]
 
 
 def is_pushed(targets: Sequence[str], paths: Paths) -> bool | None:

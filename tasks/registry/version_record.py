@@ -1,4 +1,4 @@
-"""What the registry and its files say about one version: its provenance, figures, aliases, hold and moves. Reads only."""
+"""What the registry and its files say about one version: provenance, figures, aliases, hold, moves. Reads only."""
 
 import tempfile
 from pathlib import Path

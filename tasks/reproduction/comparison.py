@@ -15,6 +15,7 @@ from tasks.evaluation.report_schema import AttackFigures, RobustnessReport
 from tasks.tracking.environment import Environment
 
 _MAX_PACKAGES = 5  # in one line
+_PIN = r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)"  # a line of requirements.lock
 
 
 class FigureComparison(NamedTuple):
@@ -77,8 +78,12 @@ def packages(lock: Path) -> list[str]:
     """A line about the installed packages that are not of the version in requirements.lock; none if all are."""
     if not lock.is_file():
         return []
-    pinned = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
-    different = [f"{name} {version}, here {here}" for name, version in pinned if (here := _other(name, version))]
+    pinned: dict[str, list[str]] = {}
+    for name, version in re.findall(_PIN, lock.read_text(encoding="utf-8"), re.MULTILINE):
+        pinned.setdefault(name, []).append(version)  # several, for several releases of Python
+    different = [
+        f"{name} {' or '.join(pins)}, here {here}" for name, pins in pinned.items() if (here := _other(name, pins))
+    ]
     if not different:
         return []
     listed = "; ".join(different[:_MAX_PACKAGES])
@@ -97,7 +102,7 @@ def code(recorded_lock: Path, lock: Path, stages: list[str]) -> list[str]:
 
 
 def _counts(figures: AttackFigures | None) -> tuple[object, ...] | None:
-    return figures and (figures.correct, figures.images, figures.per_class)
+    return None if figures is None else (figures.correct, figures.images, figures.per_class)
 
 
 def _tensors(recorded: Path, reproduced: Path) -> str:
@@ -109,13 +114,14 @@ def _tensors(recorded: Path, reproduced: Path) -> str:
     return f"{len(different)} of {len(before)} tensors differ, by up to {largest:.2g}"
 
 
-def _other(name: str, version: str) -> str | None:
+def _other(name: str, versions: list[str]) -> str | None:
     """The installed version, if it is another one; a package that is not installed belongs to another platform."""
     try:
         installed = metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-    return None if installed.partition("+")[0] == version.partition("+")[0] else installed
+    # "+cpu" and the like say where a package was built, not what it is.
+    return None if installed.partition("+")[0] in (version.partition("+")[0] for version in versions) else installed
 
 
 def _code_hashes(lock: Path, stages: list[str]) -> dict[tuple[str, str], str]:

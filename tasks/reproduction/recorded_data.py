@@ -6,7 +6,6 @@ The reproduction has a cache of its own. In the user's, DVC would find the finis
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import yaml
 

@@ -45,7 +45,8 @@ class Reproduction:
 
     @property
     def same(self) -> bool:
-        return not self.predictions[0] and all(each.same for each in (*self.figures, *self.weights))
+        figures = not self.predictions[0] and all(figure.same for figure in self.figures)
+        return figures and all(weights.same for weights in self.weights)
 
 
 class _Progress(BaseModel):

@@ -38,7 +38,7 @@ class Project:
         self.write_params()
         commit(root)
         self.environment = clean_environment(
-            PATH=f"{BIN}:{os.environ['PATH']}", OMP_NUM_THREADS="1", DVC_NO_ANALYTICS="true"
+            PATH=f"{BIN}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", COLUMNS="300"
         )
 
     def write_params(self) -> None:
@@ -217,10 +217,10 @@ def test_another_repository_and_another_folder_are_refused(project: Project, tmp
     }
     (tmp_path / "other/params.yaml").write_text(yaml.safe_dump(params))
     commit(tmp_path / "other")
-    command = [BIN / "d2r", "reproduce", "1", "--folder"]
+    command = [str(BIN / "d2r"), "reproduce", "1", "--folder"]
     for folder, message in ((tmp_path / "new", "is not in this repository"), (project.root, "is not empty")):
         process = subprocess.run(
-            [*command, folder],
+            [*command, str(folder)],
             cwd=tmp_path / "other",
             env=project.environment,
             capture_output=True,
