@@ -16,23 +16,33 @@ from tasks.pipeline import dvc, remote
 _CACHE = "cache-of-the-checkout"  # the name of the user's cache among the remotes
 
 
-def fetch(paths: Paths, project: Paths, targets: Sequence[str]) -> None:
+def fetch(paths: Paths, project: Paths, targets: Sequence[str]) -> str:
     """Bring what there is of these stages' outs and `.dvc` files into the project.
+
+    What is missing in cache and remote is no error here: `is_complete` tells.
 
     Args:
         paths: of the user's checkout, whose cache and remotes are read.
         project: of the reproduction, with the recorded `dvc.lock`.
+
+    Returns:
+        DVC's message about what did not come; empty if everything came.
+
+    Raises:
+        BusyError: another DVC process is working in the project.
     """
-    has_remote = remote.default_remote(paths) is not None
+    sources = [["--remote", _CACHE], []] if remote.default_remote(paths) else [["--remote", _CACHE]]
+    message = ""
     with _remotes(paths, project):
-        for source in (["--remote", _CACHE], *([[]] if has_remote else [])):
+        for source in sources:
             try:
                 dvc.run_dvc(["pull", "--force", *source, *targets], project)
-                return
+                return ""
             except dvc.BusyError:
                 raise
-            except UserError:
-                continue  # some of it is missing there; the caller looks for what has come
+            except UserError as error:
+                message = str(error)
+    return message
 
 
 def is_complete(project: Paths, stage: str) -> bool:

@@ -127,10 +127,13 @@ def _open(folder: Path, progress: _Progress) -> _Progress:
             return before
         # With training, the figures are those of other weights; the data stay what they are.
         progress = progress.model_copy(update={"stages": [each for each in before.stages if each in _DATA_STAGES]})
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty, and not a reproduction. Choose another --folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(folder, progress)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(folder, progress)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}). Choose another --folder.") from None
     return progress
 
 
@@ -191,36 +194,41 @@ class _Job:
 
     def _bring(self, inputs: list[str]) -> None:
         """The outs of these stages, from DVC or, for those that prepare the data, by running them."""
-        project, raw = self.project, self._provenance.raw_data
         missing = [stage for stage in inputs if stage not in (*self._progress.stages, *self._fetched)]
+        message = ""
         if missing:
             self._log(f"from DVC: outs of {', '.join(missing)}")
-            recorded_data.fetch(self._paths, project, missing)
+            message = recorded_data.fetch(self._paths, self.project, missing)
         for stage in missing:
-            if recorded_data.is_complete(project, stage):
+            if recorded_data.is_complete(self.project, stage):
                 self._fetched.add(stage)
-                continue
-            if stage not in _DATA_STAGES:
+            elif stage in _DATA_STAGES:
+                self._prepare(stage)
+            else:
                 raise UserError(
                     "The guidance model of the version is in neither DVC's cache nor its remote. Run `dvc push` where "
-                    "it is, or train it again with --train."
+                    f"it is, or train it again with --train. DVC's message: {message}"
                 )
-            if stage == "prepare" and raw and raw.dvc_file and (project.root / raw.dvc_file).is_file():
-                recorded_data.fetch(self._paths, project, [raw.dvc_file])
-            try:
-                self._run(stage)
-            except dvc.BusyError:
-                raise
-            except UserError as error:
-                raise UserError(
-                    f"The data of the version are in neither DVC's cache nor its remote, and cannot be prepared again: "
-                    f"{error}\nRun `dvc push` where they are."
-                ) from None
-        data_hash = read_manifest(project)["hash"]
+        data_hash = read_manifest(self.project)["hash"]
         if data_hash != self._provenance.data.hash:
             raise UserError(
                 f"The data differ: the version's have the hash {self._provenance.data.hash}, and these {data_hash}."
             )
+
+    def _prepare(self, stage: str) -> None:
+        """Run a stage that prepares the data, whose outs DVC does not have; of the raw data, it may have them."""
+        raw = self._provenance.raw_data
+        if stage == "prepare" and raw and raw.dvc_file:
+            recorded_data.fetch(self._paths, self.project, [raw.dvc_file])
+        try:
+            self._run(stage)
+        except dvc.BusyError:
+            raise
+        except UserError as error:
+            raise UserError(
+                "The data of the version are in neither DVC's cache nor its remote, and cannot be prepared again: "
+                f"{error}\nRun `dvc push` where they are."
+            ) from None
 
     def _run(self, stage: str) -> None:
         if stage in self._progress.stages:

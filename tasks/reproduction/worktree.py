@@ -39,7 +39,9 @@ def restore(paths: Paths, folder: Path, code: Code, entry: Path) -> Paths:
         project = Paths(folder / prefix)
         git(project.root, "clean", "-ffdq", "--", "d2r_core", "tasks", "flows")  # what an earlier diff has added
         if code.diff:
-            git(project.root, "apply", "--whitespace=nowarn", str((entry / code.diff).resolve()))
+            # From the top, since in a folder git silently leaves out the files that it takes to be outside of it.
+            directory = f"--directory={prefix.rstrip('/')}"
+            git(folder, "apply", "--whitespace=nowarn", directory, str((entry / code.diff).resolve()))
     except subprocess.CalledProcessError as error:
         raise UserError(f"The code cannot be restored: {_message(error)}") from None
     return project
