@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from d2r_core.errors import UserError
-from flows import data_commands, evaluate_command, gc_command, pipeline_commands, registry_commands
+from flows import (
+    data_commands,
+    evaluate_command,
+    gc_command,
+    lineage_command,
+    pipeline_commands,
+    registry_commands,
+    reproduce_command,
+)
 
 app = typer.Typer(
     help="Trains image classifiers that remain accurate under adversarial attack, from data to champion.",
@@ -30,6 +38,8 @@ for command in (
     registry_commands.models,
     registry_commands.history,
     gc_command.gc,
+    lineage_command.lineage,
+    reproduce_command.reproduce,
 ):
     app.command()(command)
 

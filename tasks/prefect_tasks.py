@@ -17,6 +17,7 @@ from tasks.config.settings import Settings
 from tasks.pipeline import dvc
 from tasks.registry import champion_comparison, moves, versions
 from tasks.registry.gate import Verdict, judge
+from tasks.registry.provenance import PrefectRun
 from tasks.tracking.errors import UnavailableError
 
 
@@ -51,7 +52,8 @@ def compare(settings: Settings, paths: Paths) -> None:
 @_registry_task
 def register(settings: Settings, paths: Paths) -> int:
     """Register the evaluated model as @challenger; returns its version."""
-    version = versions.register(settings, paths)
+    run = PrefectRun(id=flow_run.id, name=flow_run.name or "") if flow_run.id else None
+    version = versions.register(settings, paths, run)
     print(f"{settings.promote.model_name} version {version} is @challenger")
     return version
 

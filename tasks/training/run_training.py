@@ -27,7 +27,9 @@ from tasks.config.settings import Pretrain, Settings, Train
 from tasks.config.stage_code import stage_code
 from tasks.data.manifest import read_manifest
 from tasks.tracking import runs
+from tasks.tracking.environment import current_environment
 from tasks.tracking.lineage import current_lineage
+from tasks.tracking.source_code import read_source_code
 from tasks.training.collapse import CollapseWatch
 from tasks.training.metrics_log import MetricsLog
 
@@ -54,6 +56,7 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
     every process calls it; rank 0 writes.
     """
     manifest = read_manifest(paths)
+    code = read_source_code(paths)  # now: the files may change while the training runs
     architecture = {
         **job.section.architecture.model_dump(),
         "num_classes": len(manifest["classes"]),
@@ -70,6 +73,7 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
         checkpointer = Checkpointer(state_folder, settings.runtime.save_minutes)
         with runs.training_run(settings, paths, job.stage, log.path) if is_first else runs.silent() as run:
             best = trainer.fit(checkpointer, settings.runtime.max_minutes)
+        environment = current_environment(paths, device, settings.runtime.precision)
     if is_first:
         metadata = {
             "architecture": architecture,
@@ -79,7 +83,10 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
             "last_metrics": {"epoch": job.section.epochs, **best.last_metrics},
             "collapsed": watch.collapsed(),
             "seed": settings.seed,
-            **dataclasses.asdict(current_lineage(settings, paths)),
+            **dataclasses.asdict(current_lineage(settings, paths, code)),
+            "git_diff": code.diff,
+            "git_diff_redacted": code.diff_redacted,
+            "environment": environment.model_dump(),
             "mlflow_run_id": run.id,
         }
         _write_history(job, log)
