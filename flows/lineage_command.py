@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def lineage(
     version: Annotated[int, typer.Argument(min=1, help="a version of the registered model; `d2r models` lists them")],
 ) -> None:
-    """Show what a version came from, from the raw data to its aliases. Verifies its files, changes nothing."""
+    """Show what a version came from, down to the raw data."""
     from rich.console import Console
 
     from tasks.config import settings as settings_file

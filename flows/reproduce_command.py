@@ -18,7 +18,10 @@ def reproduce(
         Path | None, typer.Option("--folder", help="where; by default state/reproductions/MODEL-VERSION")
     ] = None,
 ) -> None:
-    """Evaluate a version again, from its registry entry alone and in a folder of its own. Exit code 0: the same."""
+    """Make a version again, from its registry entry alone.
+
+    In a folder of its own. Exit code 0: the same.
+    """
     from tasks.config import settings as settings_file
     from tasks.config.paths import Paths
     from tasks.reproduction.reproduce import reproduce as make_again
