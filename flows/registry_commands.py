@@ -1,4 +1,4 @@
-"""`d2r promote`, `rollback`, `release`, `models` and `history`: the registered versions and the moves of @champion."""
+"""`d2r promote`, `rollback`, `release`, `models` and `history`: registered versions and the moves of the aliases."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +7,8 @@ import typer
 from d2r_core.errors import UserError
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
 
@@ -20,12 +22,11 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="even if the gate refuses it or it is on hold")] = False,
 ) -> None:
     """Make a version the champion."""
-    from tasks.registry import moves
+    from tasks.registry import history, moves
 
     settings, paths = _project()
-    moved = moves.promote(
-        settings, paths, version, who=moves.local_user(), command="promote", reason=reason, force=force
-    )
+    who = history.local_user()
+    moved = moves.promote(settings, paths, version, who=who, command="promote", reason=reason, force=force)
     typer.echo(f"{settings.promote.model_name} version {version} is @champion{'' if moved else ' already'}.")
 
 
@@ -34,10 +35,10 @@ def rollback(
     to: Annotated[int | None, typer.Option("--to", min=1, help="the version; by default the champion before")] = None,
 ) -> None:
     """Make an earlier version the champion again and put the present one on hold."""
-    from tasks.registry import moves
+    from tasks.registry import history, moves
 
     settings, paths = _project()
-    result = moves.rollback(settings, paths, who=moves.local_user(), reason=reason, to=to)
+    result = moves.rollback(settings, paths, who=history.local_user(), reason=reason, to=to)
     if result.left is None:
         typer.echo(f"{settings.promote.model_name} version {result.champion} is @champion already.")
         return
@@ -47,16 +48,15 @@ def rollback(
 
 def release(version: _Version) -> None:
     """End the hold of a version: automatic runs may promote it again."""
-    from tasks.registry import moves
+    from tasks.registry import history, moves
 
     settings, paths = _project()
-    released = moves.release(settings, paths, version, who=moves.local_user())
+    released = moves.release(settings, paths, version, who=history.local_user())
     typer.echo(f"{settings.promote.model_name} version {version} {'is released' if released else 'is not on hold'}.")
 
 
 def models() -> None:
     """List the versions with their aliases, the gate's verdict, holds and accuracies."""
-    import json
     from datetime import datetime
 
     from rich.table import Table
@@ -76,30 +76,43 @@ def models() -> None:
             str(number),
             " ".join(sorted(f"@{alias}" for alias, other in version_of.items() if other == number)),
             tags.get("gate", "not judged"),
-            json.loads(tags["hold"])["reason"] if "hold" in tags else "",
+            _hold(version, versions),
             *(f"{float(tags[key]):.1%}" if key in tags else "" for key in ("clean_accuracy", "robust_accuracy")),
             f"{datetime.fromtimestamp(version.creation_timestamp / 1000):%Y-%m-%d %H:%M}",
         )
     _print(table)
 
 
+def _hold(version: "ModelVersion", versions: "list[ModelVersion]") -> str:
+    """The hold that binds a version: its own, or that of another version with the same weights; empty without one."""
+    import json
+
+    weights = version.tags.get("weights_sha256")
+    for other in (version, *versions):
+        if "hold" in other.tags and (other is version or (weights and other.tags.get("weights_sha256") == weights)):
+            reason = str(json.loads(other.tags["hold"])["reason"])
+            return reason if other is version else f"with version {other.version}: {reason}"
+    return ""
+
+
 def history() -> None:
-    """List every move of @champion, the newest first."""
+    """List every move of @champion and @challenger, the newest first."""
     from rich.table import Table
 
     from tasks.registry import moves, status
 
     settings, paths = _project()
-    entries = moves.read_history(settings, paths) if status.store_exists(settings, paths) else []
+    entries = moves.read_history(settings, paths, alias=None) if status.store_exists(settings, paths) else []
     if not entries:
-        typer.echo("@champion has not moved yet.")
+        typer.echo("No alias has moved yet: `d2r run` registers a version.")
         return
-    table = Table("time (UTC)", "from", "to", "by", "command", "reason", "evidence", "MLflow run")
+    table = Table("time (UTC)", "alias", "from", "to", "by", "command", "reason", "evidence", "MLflow run")
     for entry in reversed(entries):
         move = entry.move
         outcome = "" if entry.outcome == "completed" else f" ({entry.outcome or 'interrupted'})"
         table.add_row(
             move.time[:19].replace("T", " "),
+            f"@{move.alias}",
             str(move.from_version or "none"),
             str(move.to_version),
             move.who,

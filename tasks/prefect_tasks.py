@@ -15,7 +15,7 @@ from prefect.states import Completed
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.pipeline import dvc
-from tasks.registry import champion_comparison, moves, versions
+from tasks.registry import champion_comparison, history, moves, versions
 from tasks.registry.gate import Verdict, judge
 from tasks.tracking.errors import UnavailableError
 
@@ -70,7 +70,7 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
 def promote(settings: Settings, paths: Paths, version: int, verdict: Verdict) -> Verdict:
     """Move @champion to a version that passed the gate; returns a failed verdict if that is refused (a hold)."""
     name = settings.promote.model_name
-    who = f"{moves.local_user()}, Prefect flow run {flow_run.name or 'none'}"
+    who = f"{history.local_user()}, Prefect flow run {flow_run.name or 'none'}"
     try:
         moves.promote(settings, paths, version, who=who, command="retrain", reason="It passed the gate.")
     except moves.RefusedError as error:

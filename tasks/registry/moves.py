@@ -3,10 +3,7 @@
 A hold is a tag of the version and binds its weights: other versions of the same weights are on hold as well.
 """
 
-import getpass
 import json
-import os
-import socket
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,10 +111,10 @@ def release(settings: Settings, paths: Paths, version: int, *, who: str) -> bool
     return released
 
 
-def read_history(settings: Settings, paths: Paths) -> list[history.Entry]:
-    """Every move of @champion, oldest first."""
+def read_history(settings: Settings, paths: Paths, alias: str | None = history.ALIAS) -> list[history.Entry]:
+    """Every move of @champion, or of another alias (None: of every one), oldest first."""
     with connect(settings, paths) as client:
-        return history.entries(client, settings.promote.model_name)
+        return history.entries(client, settings.promote.model_name, alias)
 
 
 def hold_of(client: "MlflowClient", version: "ModelVersion") -> str | None:
@@ -128,15 +125,6 @@ def hold_of(client: "MlflowClient", version: "ModelVersion") -> str | None:
             what = "" if other.version == version.version else f"with version {other.version}, of the same weights, "
             return f"{what}since {hold['time']} by {hold['who']}: {hold['reason']}"
     return None
-
-
-def local_user() -> str:
-    """The user of this process, as user@host."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
 
 
 @contextmanager
