@@ -7,7 +7,7 @@ from types import FrameType
 import typer
 
 from d2r_core.errors import UserError
-from flows import data_commands, evaluate_command, pipeline_commands, registry_commands
+from flows import approve_command, data_commands, evaluate_command, pipeline_commands, registry_commands
 
 app = typer.Typer(
     help="Trains image classifiers that remain accurate under adversarial attack, from data to champion.",
@@ -24,6 +24,7 @@ for command in (
     pipeline_commands.status,
     evaluate_command.evaluate,
     registry_commands.promote,
+    approve_command.approve,
     registry_commands.rollback,
     registry_commands.release,
     registry_commands.models,

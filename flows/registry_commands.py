@@ -12,32 +12,32 @@ if TYPE_CHECKING:
     from tasks.config.paths import Paths
     from tasks.config.settings import Settings
 
-_Version = Annotated[int, typer.Argument(min=1, help="a version of the registered model; `d2r models` lists them")]
-_Reason = Annotated[str, typer.Option("--reason", help="why, in a sentence; it goes into the history")]
+Version = Annotated[int, typer.Argument(min=1, help="a version of the registered model; `d2r models` lists them")]
+Reason = Annotated[str, typer.Option("--reason", help="why, in a sentence; it goes into the history")]
 
 
 def promote(
-    version: _Version,
-    reason: _Reason,
+    version: Version,
+    reason: Reason,
     force: Annotated[bool, typer.Option("--force", help="even if the gate refuses it or it is on hold")] = False,
 ) -> None:
     """Make a version the champion."""
     from tasks.registry import history, moves
 
-    settings, paths = _project()
+    settings, paths = project()
     who = history.local_user()
     moved = moves.promote(settings, paths, version, who=who, command="promote", reason=reason, force=force)
     typer.echo(f"{settings.promote.model_name} version {version} is @champion{'' if moved else ' already'}.")
 
 
 def rollback(
-    reason: _Reason,
+    reason: Reason,
     to: Annotated[int | None, typer.Option("--to", min=1, help="the version; by default the champion before")] = None,
 ) -> None:
     """Make an earlier version the champion again and put the present one on hold."""
     from tasks.registry import history, moves
 
-    settings, paths = _project()
+    settings, paths = project()
     result = moves.rollback(settings, paths, who=history.local_user(), reason=reason, to=to)
     if result.left is None:
         typer.echo(f"{settings.promote.model_name} version {result.champion} is @champion already.")
@@ -46,24 +46,25 @@ def rollback(
     typer.echo(f"No automatic run promotes version {result.left} until `d2r release {result.left}`.")
 
 
-def release(version: _Version) -> None:
+def release(version: Version) -> None:
     """End the hold of a version: automatic runs may promote it again."""
     from tasks.registry import history, moves
 
-    settings, paths = _project()
+    settings, paths = project()
     released = moves.release(settings, paths, version, who=history.local_user())
     typer.echo(f"{settings.promote.model_name} version {version} {'is released' if released else 'is not on hold'}.")
 
 
 def models() -> None:
-    """List the versions with their aliases, the gate's verdict, holds and accuracies."""
+    """List the versions with their aliases, the gate's verdict and a person's, holds and accuracies."""
     from datetime import datetime
 
     from rich.table import Table
 
     from tasks.registry import status
+    from tasks.registry.decision import Approval
 
-    settings, paths = _project()
+    settings, paths = project()
     versions = status.all_versions(settings, paths)
     if not versions:
         typer.echo("There are no versions yet: `d2r run` registers one.")
@@ -71,11 +72,11 @@ def models() -> None:
     version_of = status.aliases(settings, paths)
     table = Table("version", "aliases", "gate", "on hold", "clean", "worst case", "created")
     for version in versions:
-        tags, number = version.tags, int(version.version)
+        tags, number, approval = version.tags, int(version.version), Approval.of(version)
         table.add_row(
             str(number),
             " ".join(sorted(f"@{alias}" for alias, other in version_of.items() if other == number)),
-            tags.get("gate", "not judged"),
+            tags.get("gate", "not judged") + (f", {approval.state}" if approval else ""),
             _hold(version, versions),
             *(f"{float(tags[key]):.1%}" if key in tags else "" for key in ("clean_accuracy", "robust_accuracy")),
             f"{datetime.fromtimestamp(version.creation_timestamp / 1000):%Y-%m-%d %H:%M}",
@@ -101,7 +102,7 @@ def history() -> None:
 
     from tasks.registry import moves, status
 
-    settings, paths = _project()
+    settings, paths = project()
     entries = moves.read_history(settings, paths, alias=None) if status.store_exists(settings, paths) else []
     if not entries:
         typer.echo("No alias has moved yet: `d2r run` registers a version.")
@@ -131,7 +132,7 @@ def _print(table: object) -> None:
     Console(markup=False).print(table)
 
 
-def _project() -> tuple["Settings", "Paths"]:
+def project() -> tuple["Settings", "Paths"]:
     """The settings and paths of the current folder. Raises UserError outside of a project."""
     from tasks.config import settings as settings_file
     from tasks.config.paths import Paths

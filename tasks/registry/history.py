@@ -30,6 +30,7 @@ ALIAS = "champion"
 CHALLENGER = "challenger"
 OUTSIDE = "outside d2r"  # the command of a move by hand
 ROLLBACK = "rollback"
+APPROVE = "approve"
 COMPLETED, ABANDONED = "completed", "abandoned"
 _ENTRY = re.compile(r"d2r\.move\.(\d{6})\.[0-9a-f]{8}")
 
