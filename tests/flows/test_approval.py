@@ -80,6 +80,8 @@ def flow(project: Project) -> Iterator[subprocess.Popen[str]]:
     finally:
         child.kill()
         child.wait()
+        assert child.stdout
+        child.stdout.close()
 
 
 def d2r(project: Project, *arguments: str) -> str:
