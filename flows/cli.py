@@ -9,6 +9,7 @@ import typer
 
 from d2r_core.errors import UserError
 from flows import (
+    approve_command,
     data_commands,
     evaluate_command,
     gc_command,
@@ -33,6 +34,7 @@ for command in (
     pipeline_commands.status,
     evaluate_command.evaluate,
     registry_commands.promote,
+    approve_command.approve,
     registry_commands.rollback,
     registry_commands.release,
     registry_commands.models,

@@ -211,6 +211,8 @@ class Promote(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)]  # one-sided, of every comparison with the champion
     margin: Annotated[float, Field(gt=0.0, lt=1.0)]  # accuracy that a challenger may lose where no gain is needed
     onnx: bool  # export the model to ONNX when it is registered
+    approval: Literal["automatic", "manual"]  # whether the flow promotes what passed, or a person (`d2r approve`)
+    approval_minutes: NotNegative  # manual: how long the flow waits for the person; 0: not at all
 
 
 class Tracking(Section):

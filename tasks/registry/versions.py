@@ -14,7 +14,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import integrity, model_logging, version_files
+from tasks.registry import history, integrity, model_logging, version_files
 from tasks.registry.lock import registry_lock
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.provenance import PrefectRun
@@ -32,7 +32,8 @@ def register(settings: Settings, paths: Paths, prefect_run: PrefectRun | None = 
 
     Figures, files and the servable model go to the run that trained it, or, where this server does not know that
     run, to a new one made from the files. The version is created last: a failure before leaves none. A model that is
-    registered already, with the same identity, keeps its version. One process at a time registers: see `lock`.
+    registered already, with the same identity, keeps its version. One process at a time registers: see `lock`. The
+    history gets the move of the alias.
 
     Args:
         prefect_run: the flow run that registers it, if there is one, for the provenance.
@@ -51,8 +52,23 @@ def register(settings: Settings, paths: Paths, prefect_run: PrefectRun | None = 
         else:
             integrity.verify(registered)
             version = int(registered.version)
-        client.set_registered_model_alias(name, "challenger", str(version))
+        _make_challenger(client, name, version)
     return version
+
+
+def _make_challenger(client: "MlflowClient", name: str, version: int) -> None:
+    """Move @challenger; the lock must be held."""
+    history.repair(client, name)
+    if resolve_alias(client, name, history.CHALLENGER) != version:
+        move = history.Move(
+            to_version=version,
+            who=history.local_user(),
+            command="register",
+            reason="It was evaluated last.",
+            run_id=client.get_model_version(name, str(version)).run_id or None,
+            alias=history.CHALLENGER,
+        )
+        history.record_and_move(client, name, move)
 
 
 def champion(settings: Settings, paths: Paths) -> int | None:

@@ -21,7 +21,10 @@ from tasks.pipeline import dvc
 from tasks.registry import status
 from tasks.registry.status import RegistryStatus
 
-COMMANDS = ("run", "stage", "evaluate", "use", "status", "promote", "rollback", "release", "models", "history", "gc", "lineage", "reproduce")
+COMMANDS = (
+    *("run", "stage", "evaluate", "use", "status"),
+    *("approve", "promote", "rollback", "release", "models", "history", "lineage", "reproduce", "gc"),
+)
 
 
 @pytest.fixture
