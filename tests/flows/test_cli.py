@@ -21,7 +21,21 @@ from tasks.pipeline import dvc
 from tasks.registry import status
 from tasks.registry.status import RegistryStatus
 
-COMMANDS = ("run", "stage", "evaluate", "use", "status", "promote", "rollback", "release", "models", "history", "gc", "lineage", "reproduce")
+COMMANDS = (
+    "run",
+    "stage",
+    "evaluate",
+    "use",
+    "status",
+    "promote",
+    "rollback",
+    "release",
+    "models",
+    "history",
+    "gc",
+    "lineage",
+    "reproduce",
+)
 
 
 @pytest.fixture
