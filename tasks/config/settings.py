@@ -209,6 +209,7 @@ class Promote(Section):
     min_robust_accuracy: Probability  # against the strongest attack on each image
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)]  # one-sided, of every comparison with the champion
     margin: Annotated[float, Field(gt=0.0, lt=1.0)]  # accuracy that a challenger may lose where no gain is needed
+    require_signature: Text | None  # path of the public key that must have signed every version; null: not required
 
 
 class Tracking(Section):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import time
+from datetime import UTC, datetime
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,7 +42,7 @@ def log_evaluated_model(
     Args:
         metadata: the target checkpoint's JSON.
     """
-    from tasks.registry import integrity, servable  # which imports MLflow
+    from tasks.registry import bill_of_materials, integrity, servable  # which import MLflow or are slow to import
 
     model, _ = checkpoint.load(paths.target, torch.device("cpu"))  # nothing is logged of damaged weights
     run_id = _training_run(client, settings, paths, metadata)
@@ -49,8 +50,12 @@ def log_evaluated_model(
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
     _log_figures(client, run_id, robustness)
-    _log_files(client, run_id, paths, str(evaluation_folder(robustness.identity)))
-    model_id = servable.log_model(run_id, paths, model, metadata)
+    evaluation = evaluation_folder(robustness.identity)
+    _log_files(client, run_id, paths, str(evaluation))
+    trained = datetime.fromtimestamp(client.get_run(run_id).info.start_time / 1000, UTC)
+    bill = bill_of_materials.render(settings.promote.model_name, metadata, robustness, trained)
+    client.log_text(run_id, bill, str(evaluation / bill_of_materials.FILE))
+    model_id = servable.log_model(run_id, paths, model, metadata, bill)
     return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from d2r_core import checkpoint, data
 from tasks.config.paths import Paths
-from tasks.registry import integrity, recorded_examples, training_images
+from tasks.registry import bill_of_materials, integrity, recorded_examples, training_images
 
 MAX_IMAGES = 1024  # of one request
 _BATCH = 128  # bounds the memory for activations
@@ -118,12 +118,13 @@ def _load_pyfunc(path: str) -> ServedModel:
     return ServedModel(model, described["classes"], described["architecture"]["image_size"])
 
 
-def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[str, Any]) -> str:
+def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[str, Any], bill: str) -> str:
     """Log the evaluated target model to a run as "model", with its manifest; returns MLflow's id of the logged model.
 
     Args:
         model: in eval mode, on the CPU.
         described: the checkpoint's JSON.
+        bill: the bill of materials, as JSON.
     """
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -144,6 +145,7 @@ def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[st
         content.mkdir()
         for source in (paths.target, checkpoint.metadata_path(paths.target), paths.robustness, paths.examples):
             shutil.copy(source, content)
+        (content / bill_of_materials.FILE).write_text(bill, encoding="utf-8")
         training_images.write(paths, content)
         recorded_examples.write(paths, model, content)
         logged = Model.log(
