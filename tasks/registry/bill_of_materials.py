@@ -1,4 +1,4 @@
-"""The bill of materials of a version (CycloneDX 1.6): model, data, code and packages, with their hashes and versions."""
+"""The bill of materials of a version (CycloneDX 1.6): model, data, code and packages, with hashes and versions."""
 
 import re
 import uuid

@@ -72,13 +72,13 @@ def sign(folder: Path, unsigned: tuple[str, ...] = ()) -> Path | None:
     signature = folder / SIGNATURE
     ignored = [signature, *(folder / name for name in unsigned)]
     try:
-        signer = signing.Config().use_elliptic_key_signer(private_key=Path(key))
+        signer = signing.Config().use_elliptic_key_signer(private_key=Path(key))  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TypeError, AttributeError):  # missing, no PEM, with a password, no elliptic curve
         raise UserError(
             f"{PRIVATE_KEY}: {key} is not the file of an elliptic-curve private key in PEM format without a password."
         ) from None
-    config = hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=False)
-    signer.set_hashing_config(config).sign(folder, signature)
+    hashed = hashing.Config()  # type: ignore[no-untyped-call]
+    signer.set_hashing_config(hashed.set_ignored_paths(paths=ignored, ignore_git_paths=False)).sign(folder, signature)
     return signature
 
 
@@ -94,7 +94,7 @@ def verify(folder: Path, public_key: Path, name: str) -> None:
     from model_signing import verifying
 
     try:
-        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{_SETTING}: {public_key} is not an elliptic-curve public key in PEM format.") from None
     signature = folder / SIGNATURE
