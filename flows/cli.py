@@ -3,11 +3,21 @@
 import signal
 import sys
 from types import FrameType
+from typing import Annotated
 
 import typer
 
 from d2r_core.errors import UserError
-from flows import data_commands, evaluate_command, pipeline_commands, registry_commands
+from flows import (
+    approve_command,
+    data_commands,
+    evaluate_command,
+    gc_command,
+    lineage_command,
+    pipeline_commands,
+    registry_commands,
+    reproduce_command,
+)
 
 app = typer.Typer(
     help="Trains image classifiers that remain accurate under adversarial attack, from data to champion.",
@@ -24,12 +34,33 @@ for command in (
     pipeline_commands.status,
     evaluate_command.evaluate,
     registry_commands.promote,
+    approve_command.approve,
     registry_commands.rollback,
     registry_commands.release,
     registry_commands.models,
     registry_commands.history,
+    gc_command.gc,
+    lineage_command.lineage,
+    reproduce_command.reproduce,
 ):
     app.command()(command)
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        typer.echo(f"d2r {version('d2r')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What `d2r` takes before a command."""
 
 
 def main() -> None:

@@ -47,6 +47,12 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, validate, pretrain,
     _, paths = _project()
     result = dvc.reproduce(name, paths, typer.echo)
     typer.echo(f"stage {name}: {result}")
+    outdated = dvc.outdated_inputs(name, paths)
+    if outdated:
+        typer.echo(
+            f"It used earlier results of {', '.join(outdated)}, not up to date with the present files and params.yaml: "
+            "`d2r run` runs these first."
+        )
 
 
 def use(
@@ -77,7 +83,7 @@ def use(
 def status() -> None:
     """Show which stages are up to date and which version is champion."""
     from tasks.pipeline import dvc
-    from tasks.registry.status import aliases
+    from tasks.registry.status import aliases, registry_status
     from tasks.tracking.uri import public_uri
 
     settings, paths = _project()
@@ -92,6 +98,9 @@ def status() -> None:
         version = version_of.get(alias)
         typer.echo(f"{alias:<12}{f'{settings.promote.model_name} version {version}' if version else 'none yet'}")
     _print_decision(paths)
+    registered = registry_status(settings, paths) if settings.promote.approval == "manual" else None
+    if registered and registered.approval:
+        typer.echo(f"{'approval':<12}{registered.approval.sentence(registered.version)}")
     typer.echo()
     for label, path in (("report", paths.report), ("model card", paths.model_card)):
         typer.echo(f"{label:<12}{path if path.exists() else 'not written yet'}")
@@ -151,6 +160,8 @@ def _print_results(settings: "Settings", paths: "Paths", registered: "RegistrySt
     typer.echo(f"gate        {registered.gate}")
     for reason in registered.reasons:
         typer.echo(f"            {reason}")
+    if registered.approval:
+        typer.echo(f"approval    {registered.approval.sentence(registered.version)}")
     typer.echo(f"MLflow      {summary.open_mlflow(settings)}")
     server = without_credentials(os.environ.get("PREFECT_API_URL", "")).removesuffix("/api")
     typer.echo(f"Prefect     {server or 'prefect server start'}")

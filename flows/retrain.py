@@ -78,6 +78,7 @@ def _markdown(settings: Settings, paths: Paths, result: PromotionResult) -> str:
             "",
             *(f"- {reason}" for reason in result.verdict.reasons),
             "",
+            *([result.approval.sentence(result.version), ""] if result.approval else []),
             summary.rules_markdown(result.verdict.rules),
             "",
             f"MLflow: {summary.run_link(settings, registered.experiment_id, registered.run_id)}",

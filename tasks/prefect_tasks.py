@@ -15,8 +15,10 @@ from prefect.states import Completed
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.pipeline import dvc
-from tasks.registry import champion_comparison, moves, versions
+from tasks.registry import approval, champion_comparison, history, moves, versions
+from tasks.registry.decision import Approval
 from tasks.registry.gate import Verdict, judge
+from tasks.registry.provenance import PrefectRun
 from tasks.tracking.errors import UnavailableError
 
 
@@ -51,7 +53,8 @@ def compare(settings: Settings, paths: Paths) -> None:
 @_registry_task
 def register(settings: Settings, paths: Paths) -> int:
     """Register the evaluated model as @challenger; returns its version."""
-    version = versions.register(settings, paths)
+    run = PrefectRun(id=flow_run.id, name=flow_run.name or "") if flow_run.id else None
+    version = versions.register(settings, paths, run)
     print(f"{settings.promote.model_name} version {version} is @challenger")
     return version
 
@@ -67,14 +70,59 @@ def gate(settings: Settings, paths: Paths, version: int) -> Verdict:
 
 
 @_registry_task
-def promote(settings: Settings, paths: Paths, version: int, verdict: Verdict) -> Verdict:
-    """Move @champion to a version that passed the gate; returns a failed verdict if that is refused (a hold)."""
+def promote(
+    settings: Settings, paths: Paths, version: int, verdict: Verdict, answer: Approval | None = None
+) -> Verdict:
+    """Move @champion to a version that passed the gate; returns a failed verdict if that is refused (a hold).
+
+    Args:
+        answer: the approval, where a person was asked; it goes into the history.
+    """
     name = settings.promote.model_name
-    who = f"{moves.local_user()}, Prefect flow run {flow_run.name or 'none'}"
     try:
-        moves.promote(settings, paths, version, who=who, command="retrain", reason="It passed the gate.")
+        if answer is None:
+            moves.promote(settings, paths, version, who=_who(), command="retrain", reason="It passed the gate.")
+        else:
+            approval.approve(settings, paths, version, who=answer.who, reason=answer.reason)
     except moves.RefusedError as error:
         print(f"{name} version {version} is not promoted. {error}")
         return Verdict(False, (str(error),))
     print(f"{name} version {version} is @champion")
     return verdict
+
+
+@_registry_task
+def request_approval(
+    settings: Settings, paths: Paths, version: int, verdict: Verdict
+) -> tuple[Verdict, Approval | None]:
+    """Record that a version waits for a person, and how to answer.
+
+    A failed verdict if the version is on hold; no approval if it is champion already.
+    """
+    try:
+        requested = approval.request(settings, paths, version, who=_who())
+    except moves.RefusedError as error:
+        print(f"{settings.promote.model_name} version {version} is not promoted. {error}")
+        return Verdict(False, (str(error),)), None
+    if requested is not None:
+        print(requested.sentence(version))
+    return verdict, requested
+
+
+@_registry_task
+def record_answer(settings: Settings, paths: Paths, version: int, answer: Approval | None) -> Approval:
+    """What was decided: by `d2r approve`, else by the answer that Prefect got; None: it got none in time."""
+    decided = approval.read(settings, paths, version)
+    if decided is None or decided.state == "waiting":
+        if answer is None:
+            decided = approval.expire(settings, paths, version)
+        elif answer.state == "rejected":
+            decided = approval.reject(settings, paths, version, who=answer.who, reason=answer.reason)
+        else:
+            decided = answer
+    print(decided.sentence(version))
+    return decided
+
+
+def _who() -> str:
+    return f"{history.local_user()}, Prefect flow run {flow_run.name or 'none'}"

@@ -103,6 +103,11 @@ class Paths:
         return self.reports / "decision.json"
 
     @property
+    def decision_page(self) -> Path:
+        """The decision for people. The report links to it: the gate judges after the report is made."""
+        return self.reports / "decision.html"
+
+    @property
     def report(self) -> Path:
         return self.reports / "report.html"
 

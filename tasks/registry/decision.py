@@ -1,13 +1,16 @@
-"""The schema of reports/decision.json: what the gate decided about a version, rule by rule. Without PyTorch."""
+"""What the gate decided about a version, rule by rule (reports/decision.json), and a person. Without PyTorch."""
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2r_core import files
 from d2r_core.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 Outcome = Literal["passed", "failed", "undecided"]  # undecided: skipped, or too few images; does not block
 
@@ -65,3 +68,34 @@ class Decision(_Schema):
     def reasons(self) -> tuple[str, ...]:
         """Why it passed, or which rules failed."""
         return tuple(rule.reason for rule in self.rules if self.passed or rule.verdict == "failed")
+
+
+class Approval(_Schema):
+    """The tag `approval` of a version: what a person decided, where `promote.approval` is manual or one was asked."""
+
+    state: Literal["waiting", "approved", "rejected", "expired"]
+    who: str = ""  # who answered; of "waiting" and "expired", who asks: the user and the Prefect flow run
+    reason: str = ""
+    time: str  # UTC, ISO 8601: of the answer, or the end of the wait for it
+
+    @classmethod
+    def of(cls, version: "ModelVersion") -> "Approval | None":
+        """The decision about a version; None if nobody was asked."""
+        tag = version.tags.get("approval")
+        return None if tag is None else cls.model_validate_json(tag)
+
+    def sentence(self, version: int) -> str:
+        """For people, with what they can do."""
+        time = f"{self.time[:16].replace('T', ' ')} UTC"
+        command = f"`d2r approve {version} --reason TEXT`"
+        match self.state:
+            case "approved":
+                return f"Approved by {self.who} at {time}: {self.reason}"
+            case "rejected":
+                return f"Rejected by {self.who} at {time}: {self.reason.rstrip('.')}. {command} overrules it."
+            case "waiting":
+                return (
+                    f"Version {version} waits until {time} for approval ({self.who}). {command} makes it @champion, "
+                    "and --reject leaves the champion. Prefect's UI asks for the same."
+                )
+        return f"Nobody approved it by {time}, so the champion stays. {command} makes it @champion."

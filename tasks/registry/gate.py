@@ -10,7 +10,7 @@ import pandas as pd
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import champion_evidence, gate_rules, model_logging, signing, version_files
+from tasks.registry import champion_evidence, decision_page, gate_rules, model_logging, signing, version_files
 from tasks.registry.decision import Decision, Rule
 from tasks.registry.lock import registry_lock
 from tasks.registry.status import identity_of
@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
 
 
 def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
-    """Judge a version by every rule; write `reports/decision.json` and tag the version with the decision.
+    """Judge a version by every rule; write `reports/decision.json` and its page, and tag the version with the decision.
 
     Everything is read from the verified files of the version. A failed self-check refuses it: its figures may be too
     high. A skipped check does not block promotion, and is mentioned among the reasons.
@@ -51,6 +51,7 @@ def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
         rules = [
             *_floors(settings, robustness),
             _above_chance(examples, len(challenger.metadata["classes"])),
+            gate_rules.training(bool(challenger.metadata["collapsed"])),
             *gate_rules.self_checks(robustness.target.checks),
             _data_validation(client, paths, challenger.version, folder),
             *comparison.rules,
@@ -67,7 +68,9 @@ def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
             rules=tuple(rules),
         )
         _tag(client, settings, decision)
-    decision.write(paths.decision)
+        decision.write(paths.decision)
+        decision_page.write(decision, paths.decision_page)
+        _log_page(client, paths, challenger.version)
     return Verdict(decision.passed, decision.reasons, decision.rules)
 
 
@@ -82,6 +85,13 @@ def _tag(client: "MlflowClient", settings: Settings, decision: Decision) -> None
     with registry_lock(client, decision.model_name):
         for key, value in tags.items():
             client.set_model_version_tag(decision.model_name, str(decision.version), key, value)
+
+
+def _log_page(client: "MlflowClient", paths: Paths, version: "ModelVersion") -> None:
+    """Beside the report of this evaluation in the version's run, if the server still has the run."""
+    if version.run_id and runs.find(client, version.run_id) is not None:
+        folder = model_logging.evaluation_folder(identity_of(version))
+        client.log_artifact(version.run_id, str(paths.decision_page), str(folder))
 
 
 def _floors(settings: Settings, robustness: RobustnessReport) -> list[Rule]:

@@ -21,8 +21,8 @@ MANIFEST = "manifest.json"
 TAG = "manifest_sha256"
 CONTENT = "data/model"  # the folder of a logged model with the files of this project
 # MLflow writes it into the copy of a client; with a local store, that is the stored model itself.
-_CLIENT_FILE = "registered_model_meta"
-_UNHASHED = (MANIFEST, _CLIENT_FILE, signing.SIGNATURE)
+CLIENT_FILE = "registered_model_meta"
+_UNHASHED = (MANIFEST, CLIENT_FILE, signing.SIGNATURE)
 
 
 def write_manifest(folder: Path) -> Path:
@@ -46,7 +46,7 @@ def log_manifest(model_id: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=folder))
         manifest = write_manifest(model)
-        for path in (manifest, signing.sign(model, unsigned=(_CLIENT_FILE,))):
+        for path in (manifest, signing.sign(model, unsigned=(CLIENT_FILE,))):
             if path is not None:
                 mlflow.MlflowClient().log_model_artifact(model_id, str(path))
         return files.sha256(manifest)
@@ -96,13 +96,13 @@ def verify_loaded(folder: Path) -> None:
     import yaml
 
     expected, name = None, str(folder)
-    description = folder / _CLIENT_FILE
+    description = folder / CLIENT_FILE
     if mlflow.is_tracking_uri_set() and description.is_file():  # type: ignore[no-untyped-call]
         try:
             downloaded = yaml.safe_load(description.read_bytes())
             model, number = str(downloaded["model_name"]), str(downloaded["model_version"])
         except (yaml.YAMLError, KeyError, TypeError, ValueError):
-            raise UserError(_refusal(name, f"{_CLIENT_FILE} is damaged")) from None
+            raise UserError(_refusal(name, f"{CLIENT_FILE} is damaged")) from None
         version = mlflow.MlflowClient().get_model_version(model, number)
         expected, name = version.tags.get(TAG), f"{model} version {number}"
     verify_folder(folder, expected, name)

@@ -3,10 +3,7 @@
 A hold is a tag of the version and binds its weights: other versions of the same weights are on hold as well.
 """
 
-import getpass
 import json
-import os
-import socket
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +14,7 @@ from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import history, recorded_examples, signing
+from tasks.registry.decision import Approval
 from tasks.registry.history import Move
 from tasks.registry.lock import registry_lock
 from tasks.registry.versions import connect, find_version, resolve_alias
@@ -49,18 +47,21 @@ def promote(
     version whatever the gate says, is recorded as forced, and ends a hold.
 
     Raises:
-        RefusedError: the gate did not pass the version, or it is on hold; not with `force`.
+        RefusedError: the gate did not pass the version, it is on hold, or a person rejected it, which an approval
+            overrules; not with `force`.
         UserError: there is no such version, its files are not the ones that were registered, it does not answer as it
             did then, or the reason is too long.
     """
     name = settings.promote.model_name
     with _moving(settings, paths, reason) as client:
-        registered = _get_version(client, name, version)
+        registered = get_version(client, name, version)
         history.repair(client, name)
         if resolve_alias(client, name, history.ALIAS) == version:
             return False
         if not force:
-            _refuse(client, registered)
+            refuse(client, registered)
+            if command != history.APPROVE:
+                _refuse_rejected(registered)
         recorded_examples.predict(registered, signing.trusted_key(settings, paths))
         move = _move(registered, who=who, command=command, reason=reason, forced=force)
         history.record_and_move(client, name, move)
@@ -88,7 +89,7 @@ def rollback(settings: Settings, paths: Paths, *, who: str, reason: str, to: int
             return Rollback(repaired.move.from_version, current)
         if to == current:
             return Rollback(None, current)
-        target = _previous_champion(client, name, current) if to is None else _get_version(client, name, to)
+        target = _previous_champion(client, name, current) if to is None else get_version(client, name, to)
         if to is not None and hold_of(client, target):
             raise UserError(f"{name} version {to} is on hold. `d2r release {to}` releases it.")
         recorded_examples.predict(target, signing.trusted_key(settings, paths))
@@ -106,7 +107,7 @@ def release(settings: Settings, paths: Paths, version: int, *, who: str) -> bool
         UserError: there is no such version.
     """
     with connect(settings, paths) as client, registry_lock(client, settings.promote.model_name):
-        registered = _get_version(client, settings.promote.model_name, version)
+        registered = get_version(client, settings.promote.model_name, version)
         released = _release(client, registered)
         if released:
             tag = json.dumps({"who": who, "time": _now()})
@@ -114,10 +115,10 @@ def release(settings: Settings, paths: Paths, version: int, *, who: str) -> bool
     return released
 
 
-def read_history(settings: Settings, paths: Paths) -> list[history.Entry]:
-    """Every move of @champion, oldest first."""
+def read_history(settings: Settings, paths: Paths, alias: str | None = history.ALIAS) -> list[history.Entry]:
+    """Every move of @champion, or of another alias (None: of every one), oldest first."""
     with connect(settings, paths) as client:
-        return history.entries(client, settings.promote.model_name)
+        return history.entries(client, settings.promote.model_name, alias)
 
 
 def hold_of(client: "MlflowClient", version: "ModelVersion") -> str | None:
@@ -130,32 +131,29 @@ def hold_of(client: "MlflowClient", version: "ModelVersion") -> str | None:
     return None
 
 
-def local_user() -> str:
-    """The user of this process, as user@host."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+def check_reason(reason: str) -> None:
+    """Raise UserError unless the reason says something and fits into a tag."""
+    if not reason.strip() or len(reason) > MAX_REASON:
+        raise UserError(f"--reason needs a sentence of at most {MAX_REASON} characters: it goes into the history.")
 
 
 @contextmanager
 def _moving(settings: Settings, paths: Paths, reason: str) -> Iterator["MlflowClient"]:
     """MLflow's client with the registry locked."""
-    if not reason.strip() or len(reason) > MAX_REASON:
-        raise UserError(f"--reason needs a sentence of at most {MAX_REASON} characters: it goes into the history.")
+    check_reason(reason)
     with connect(settings, paths) as client, registry_lock(client, settings.promote.model_name):
         yield client
 
 
-def _get_version(client: "MlflowClient", name: str, version: int) -> "ModelVersion":
+def get_version(client: "MlflowClient", name: str, version: int) -> "ModelVersion":
+    """A version of the registered model `name`. Raises UserError if there is none."""
     registered = find_version(client, name, version)
     if registered is None:
         raise UserError(f"{name} has no version {version}. `d2r models` lists them.")
     return registered
 
 
-def _refuse(client: "MlflowClient", version: "ModelVersion") -> None:
+def refuse(client: "MlflowClient", version: "ModelVersion") -> None:
     """Raise RefusedError unless the version passed the gate and is not on hold."""
     title = f"{version.name} version {version.version}"
     if hold := hold_of(client, version):
@@ -168,6 +166,12 @@ def _refuse(client: "MlflowClient", version: "ModelVersion") -> None:
         reasons = " ".join(version.tags.get("gate_reasons", "").splitlines())
         verdict = f"did not pass the gate: {reasons}" if gate else "has not been judged by the gate."
         raise RefusedError(f"{title} {verdict} `d2r promote --force` promotes it all the same.")
+
+
+def _refuse_rejected(version: "ModelVersion") -> None:
+    approval = Approval.of(version)
+    if approval is not None and approval.state == "rejected":
+        raise RefusedError(approval.sentence(int(version.version)))
 
 
 def _move(version: "ModelVersion", *, who: str, command: str, reason: str, forced: bool = False) -> Move:
@@ -186,7 +190,7 @@ def _move(version: "ModelVersion", *, who: str, command: str, reason: str, force
 
 def _previous_champion(client: "MlflowClient", name: str, current: int) -> "ModelVersion":
     """The last champion before `current` that still exists, has other weights and is not on hold."""
-    same = {int(version.version) for version in _same_weights(client, _get_version(client, name, current))}
+    same = {int(version.version) for version in _same_weights(client, get_version(client, name, current))}
     for number in reversed(history.champions(history.entries(client, name))):
         version = find_version(client, name, number)
         if number not in same and version is not None and hold_of(client, version) is None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Identity, RobustnessReport
+from tasks.registry.decision import Approval
 from tasks.tracking import connection, errors
 from tasks.tracking.uri import tracking_uri
 
@@ -23,6 +24,7 @@ class RegistryStatus(NamedTuple):
     settled: bool  # judged, and by the present `promote` settings
     experiment_id: str
     run_id: str  # of the training
+    approval: Approval | None = None  # None: nobody was asked
 
 
 def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
@@ -89,6 +91,7 @@ def registry_status(settings: Settings, paths: Paths) -> RegistryStatus | None:
         settled=newest.tags.get("gate_settings") == settings.hash("promote"),
         experiment_id=run.info.experiment_id,
         run_id=run.info.run_id,
+        approval=Approval.of(newest),
     )
 
 

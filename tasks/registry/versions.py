@@ -14,9 +14,10 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import integrity, model_logging, signing, version_files
+from tasks.registry import history, integrity, model_logging, signing, version_files
 from tasks.registry.lock import registry_lock
 from tasks.registry.model_logging import LoggedModel
+from tasks.registry.provenance import PrefectRun
 from tasks.registry.status import newest_version
 from tasks.tracking import connection, errors
 from tasks.tracking.uri import public_uri
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def register(settings: Settings, paths: Paths) -> int:
+def register(settings: Settings, paths: Paths, prefect_run: PrefectRun | None = None) -> int:
     """Register the evaluated target model and make it @challenger; returns its version.
 
     Figures, files and the servable model go to the run that trained it, or, where this server does not know that
     run, to a new one made from the files. The version is created last: a failure before leaves none. A model that is
     registered already, with the same identity, keeps its version, unless a signature is required that it does not
-    have. One process at a time registers: see `lock`.
+    have. One process at a time registers: see `lock`. The history gets the move of the alias.
+
+    Args:
+        prefect_run: the flow run that registers it, if there is one, for the provenance.
 
     Raises:
         UserError: an artifact is missing, the artifacts do not belong together, the files of the version that is
@@ -44,12 +48,27 @@ def register(settings: Settings, paths: Paths) -> int:
     with connect(settings, paths) as client, registry_lock(client, name):
         registered = newest_version(client, name, robustness.identity)
         if registered is None or not _is_usable(registered, public_key):
-            logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness)
+            logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness, prefect_run)
             version = _create_version(client, name, logged, _tags(metadata, robustness))
         else:
             version = int(registered.version)
-        client.set_registered_model_alias(name, "challenger", str(version))
+        _make_challenger(client, name, version)
     return version
+
+
+def _make_challenger(client: "MlflowClient", name: str, version: int) -> None:
+    """Move @challenger; the lock must be held."""
+    history.repair(client, name)
+    if resolve_alias(client, name, history.CHALLENGER) != version:
+        move = history.Move(
+            to_version=version,
+            who=history.local_user(),
+            command="register",
+            reason="It was evaluated last.",
+            run_id=client.get_model_version(name, str(version)).run_id or None,
+            alias=history.CHALLENGER,
+        )
+        history.record_and_move(client, name, move)
 
 
 def champion(settings: Settings, paths: Paths) -> int | None:
@@ -156,6 +175,7 @@ def _tags(metadata: dict[str, Any], robustness: RobustnessReport) -> dict[str, s
         "git_commit": metadata["git_commit"],
         "git_dirty": str(metadata["git_dirty"]).lower(),
         "settings_hash": metadata["settings_hash"],
+        "collapsed": str(metadata["collapsed"]).lower(),
         "clean_accuracy": str(attacks["clean"].accuracy),
         "robust_accuracy": str(attacks["worst"].accuracy),
         "eps": str(attacks["worst"].eps),

@@ -101,6 +101,58 @@ def test_a_move_by_hand_is_recorded_by_the_next_command(project: Project) -> Non
     assert commands == ["outside d2r", "promote", "outside d2r", "rollback"]
 
 
+def test_moves_of_the_challenger_are_recorded_and_change_nothing_for_the_champion(project: Project) -> None:
+    project.promote(project.register(0))
+    project.register(1)
+    project.register(1)  # it is @challenger already
+    mlflow.MlflowClient().set_registered_model_alias(NAME, "challenger", "1")  # by hand
+    project.promote(project.register(2))
+
+    entries = moves.read_history(project.settings, project.paths, alias="challenger")
+
+    assert [(entry.move.from_version, entry.move.to_version) for entry in entries] == [
+        (None, 1),
+        (1, 2),
+        (2, 1),
+        (1, 3),
+    ]
+    assert [entry.move.command for entry in entries] == ["register", "register", "outside d2r", "register"]
+    assert {entry.outcome for entry in entries} == {history.COMPLETED}
+    assert entries[0].move.who == history.local_user()
+    assert project.history() == [(None, 1), (1, 3)]
+    assert history.champions(moves.read_history(project.settings, project.paths, alias=None)) == [1, 3]
+    assert project.rollback().champion == 1
+    # The keys tell the order of all moves.
+    everything = moves.read_history(project.settings, project.paths, alias=None)
+    assert [entry.move.alias[:5] for entry in everything] == [
+        "chall",
+        "champ",
+        "chall",
+        "chall",
+        "chall",
+        "champ",
+        "champ",
+    ]
+
+
+def test_a_killed_registration_is_completed(project: Project) -> None:
+    project.register(0)
+    intent = history.Move(
+        to_version=2, from_version=1, who="killed", command="register", reason="r", alias="challenger"
+    )
+    project.register(1)
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias(NAME, "challenger", "1")
+    history.repair(client, NAME)
+    history._append(client, NAME, intent)
+
+    assert project.register(1) == 2
+
+    assert project.challenger() == 2
+    last = moves.read_history(project.settings, project.paths, alias="challenger")[-1]
+    assert (last.move.who, last.outcome) == ("killed", "completed")
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_killed_move_is_completed_by_the_next_command(project: Project, when: str) -> None:
     project.promote(project.register(0))

@@ -116,7 +116,7 @@ def test_commands(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
         return result.output if result.exit_code == 0 else f"{result.exit_code} {result.exception}"
 
     assert "There are no versions yet" in d2r("models")
-    assert "@champion has not moved yet" in d2r("history")
+    assert "No alias has moved yet" in d2r("history")
     for seed in range(2):
         project.judge(project.register(seed))
     assert d2r("promote", "1", "--reason", "the first") == "digits version 1 is @champion.\n"
@@ -138,3 +138,21 @@ def test_commands(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
         assert d2r(*arguments) == "1 digits has no version 7. `d2r models` lists them."
     assert d2r("promote", "2", "--reason", " ").startswith("1 --reason needs a sentence")
     assert versions.champion(settings, project.paths) == 1
+
+
+def test_models_shows_a_hold_on_every_version_of_the_weights(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.promote(project.register(0))
+    project.promote(project.register(1))
+    project.rollback()
+    project.with_settings(evaluate={"eps": 0.2})
+    assert project.register(1) == 3  # the weights of version 2
+    monkeypatch.setenv("COLUMNS", "300")
+    settings = project.settings
+    monkeypatch.setattr("tasks.config.settings.load", lambda path: settings)
+
+    rows = [line for line in CliRunner().invoke(app, ["models"]).output.splitlines() if "%" in line]
+
+    assert "with version 2: It fails in production." in rows[0]
+    assert " It fails in production." in rows[1]
+    assert "with version" not in rows[1]
+    assert "It fails" not in rows[2]
