@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -89,7 +89,8 @@ def run_attack(
     )
     with under_attack(model), runtime.autocast(config.device, config.precision):
         share = (distributed.rank(), distributed.world())
-        for index, x_adv in _batches(model, split, attack, config, image_ids, share, spent):
+        measured = spent if cost is not None else None
+        for index, x_adv in _batches(model, split, attack, config, image_ids, share, measured):
             x, labels = _on_device(split, index, config.device)
             with torch.no_grad():
                 logits = at_least_fp32(model(x_adv))
@@ -202,7 +203,8 @@ def _batches(
             x, labels = _on_device(split, index, config.device)
             noise = image_noise(image_ids[index], x.shape[1:], seed=config.seed, device=config.device)
             # Batches shrink as images are misclassified, and no size of them is worth compiling for.
-            with runtime.eager(runtime.is_compiled(model)), _measured(model, batch_cost, config.device):
+            measured = _measured(model, batch_cost, config.device) if cache or spent is not None else nullcontext()
+            with runtime.eager(runtime.is_compiled(model)), measured:
                 x_adv = attack(model, x, labels, noise)
             if cache:
                 content = {"images": x_adv.cpu().contiguous(), "numbers": image_ids[index], "cost": batch_cost}
