@@ -69,8 +69,9 @@ def reproduce(settings: Settings, paths: Paths, version: int, folder: Path, *, t
     the folder. After an interruption, the same call continues.
 
     Raises:
-        UserError: there is no such version, its files are not the ones that were registered or not signed as required, it
-            has no provenance, its code or data cannot be had, a stage failed, or the folder holds something else.
+        UserError: there is no such version, its files are not the ones that were registered, it is not signed as
+            required, it has no provenance, its code or data cannot be had, a stage failed, or the folder holds
+            something else.
     """
     with tempfile.TemporaryDirectory() as temporary:
         entry, progress = _fetch(settings, paths, version, Path(temporary), train)
