@@ -85,11 +85,12 @@ def fetch(version: "ModelVersion", folder: Path, public_key: Path | None) -> Pat
 
 
 def verify_loaded(folder: Path) -> None:
-    """Verify the model that MLflow is about to load from `folder`.
+    """Verify the model that MLflow is about to load from `folder`, with its signature if `D2R_PUBLIC_KEY` names a key.
 
     The registry is asked for the tag only where it is known: a container that serves a model has none.
 
     Raises:
+        SignatureError: it is not signed by that key.
         UserError: a file is not the one that was registered, or there is no manifest.
     """
     import mlflow
@@ -106,6 +107,9 @@ def verify_loaded(folder: Path) -> None:
         version = mlflow.MlflowClient().get_model_version(model, number)
         expected, name = version.tags.get(TAG), f"{model} version {number}"
     verify_folder(folder, expected, name)
+    public_key = signing.client_key()
+    if public_key is not None:
+        signing.verify(folder, public_key, name)
 
 
 def verify_folder(folder: Path, manifest_sha256: str | None, name: str) -> None:

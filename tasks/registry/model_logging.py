@@ -66,22 +66,22 @@ def log_evaluated_model(
     _log_figures(client, run_id, robustness)
     run_folder = str(evaluation_folder(robustness.identity))
     _log_files(client, run_id, paths, run_folder)
-    trained = datetime.fromtimestamp(client.get_run(run_id).info.start_time / 1000, UTC)
+    started = datetime.fromtimestamp(client.get_run(run_id).info.start_time / 1000, UTC)
     with tempfile.TemporaryDirectory() as temporary:
         content = Path(temporary) / Path(integrity.CONTENT).name
         content.mkdir()
         for path in (paths.target, checkpoint.metadata_path(paths.target), paths.robustness, paths.examples):
             shutil.copy(path, content)
-        bill = content / bill_of_materials.FILE
-        bill.write_text(
-            bill_of_materials.render(settings.promote.model_name, metadata, robustness, trained), encoding="utf-8"
-        )
-        client.log_artifact(run_id, str(bill), run_folder)
         training_images.write(paths, content)
         recorded_examples.write(paths, model, content)
         if settings.promote.onnx:
             onnx_export.write(model, list(metadata["classes"]), content)
-        provenance_files.write(paths, content, run_folder, prefect_run)
+        provenance = provenance_files.write(paths, content, run_folder, prefect_run)
+        bill = bill_of_materials.render(
+            settings.promote.model_name, metadata, robustness, provenance, started, paths.root / "requirements.lock"
+        )
+        (content / bill_of_materials.FILE).write_text(bill, encoding="utf-8")
+        client.log_text(run_id, bill, f"{run_folder}/{bill_of_materials.FILE}")
         model_id = servable.log_model(run_id, content, metadata)
     return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
 

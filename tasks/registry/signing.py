@@ -1,20 +1,24 @@
 """Signatures of versions, by the package `model-signing` and a key pair of one's own (elliptic curve, PEM).
 
 The registration signs every file of the logged model, the manifest included. Which public key is trusted is a setting
-(`promote.require_signature`), so it does not lie in the registry: whoever forges files, manifest and tags there cannot
-forge the signature.
+(`promote.require_signature`) or, where a model is served, a variable, so it does not lie in the registry: whoever
+forges files, manifest and tags there cannot forge the signature.
 """
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 
 SIGNATURE = "model.sig"
-PRIVATE_KEY = "D2R_SIGNING_KEY"  # the environment variable that names the file of the private key
+# Environment variables: the private key and its password must not get into settings, which are logged and stored.
+PRIVATE_KEY = "D2R_SIGNING_KEY"  # the file of the private key
+PASSWORD = "D2R_SIGNING_KEY_PASSWORD"  # of the private key, if it is encrypted
+PUBLIC_KEY = "D2R_PUBLIC_KEY"  # the file of the key that must have signed a model that MLflow loads
 _SETTING = "promote.require_signature"
 
 
@@ -28,26 +32,34 @@ def trusted_key(settings: Settings, paths: Paths) -> Path | None:
     Raises:
         UserError: there is no such file.
     """
-    if settings.promote.require_signature is None:
-        return None
-    path = paths.root / settings.promote.require_signature
-    if not path.is_file():
-        raise UserError(f"{_SETTING}: there is no file {path}.")
-    return path
+    key = settings.promote.require_signature
+    return None if key is None else _existing(paths.root / key, _SETTING)
+
+
+def client_key() -> Path | None:
+    """The public key that must have signed a model that MLflow loads, by the environment; None: none is required.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    key = os.environ.get(PUBLIC_KEY)
+    return _existing(Path(key), PUBLIC_KEY) if key else None
 
 
 def check_keys(public_key: Path | None) -> None:
     """Sign a file and verify it, before a registration: a version with no valid signature would be of no use.
 
     Raises:
-        UserError: a signature is required and there is no private key, or it is not that of the public key.
+        UserError: the private key cannot be used; or a signature is required and there is no private key, or it is not
+            that of the public key.
     """
-    if public_key is None:
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "file").touch()
-        if sign(folder) is None:
+        signature = sign(folder)
+        if public_key is None:
+            return
+        if signature is None:
             raise UserError(f"{_SETTING} asks for a signature, and the variable {PRIVATE_KEY} names no private key.")
         try:
             verify(folder, public_key, "A file")
@@ -64,7 +76,7 @@ def sign(folder: Path, unsigned: tuple[str, ...] = ()) -> Path | None:
     Raises:
         UserError: the private key cannot be used.
     """
-    key = os.environ.get(PRIVATE_KEY)
+    key, password = os.environ.get(PRIVATE_KEY), os.environ.get(PASSWORD)
     if not key:
         return None
     from model_signing import hashing, signing  # takes a second to import
@@ -72,10 +84,16 @@ def sign(folder: Path, unsigned: tuple[str, ...] = ()) -> Path | None:
     signature = folder / SIGNATURE
     ignored = [signature, *(folder / name for name in unsigned)]
     try:
-        signer = signing.Config().use_elliptic_key_signer(private_key=Path(key))  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TypeError, AttributeError):  # missing, no PEM, with a password, no elliptic curve
+        # Annotated as text, but the package hands the password to `cryptography`, which takes bytes.
+        secret: Any = password.encode() if password else None
+        signer = signing.Config().use_elliptic_key_signer(private_key=Path(key), password=secret)
+    except TypeError:  # a password that is missing, or one too many
+        state = f"not encrypted, and {PASSWORD} is set" if password else f"encrypted, and {PASSWORD} is not set"
+        raise UserError(f"{PRIVATE_KEY}: {key} is {state}.") from None
+    except (OSError, ValueError, AttributeError):  # missing, no PEM, another password, no elliptic curve
+        reason = f", or {PASSWORD} is not its password" if password else ""
         raise UserError(
-            f"{PRIVATE_KEY}: {key} is not the file of an elliptic-curve private key in PEM format without a password."
+            f"{PRIVATE_KEY}: {key} is not the file of an elliptic-curve private key in PEM format{reason}."
         ) from None
     hashed = hashing.Config()  # type: ignore[no-untyped-call]
     signer.set_hashing_config(hashed.set_ignored_paths(paths=ignored, ignore_git_paths=False)).sign(folder, signature)
@@ -90,16 +108,17 @@ def verify(folder: Path, public_key: Path, name: str) -> None:
 
     Raises:
         SignatureError: there is none, it was made with another key, or the files are not the ones that were signed.
+        UserError: the public key cannot be used.
     """
     from model_signing import verifying
 
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, AttributeError):
-        raise UserError(f"{_SETTING}: {public_key} is not an elliptic-curve public key in PEM format.") from None
+        raise UserError(f"{public_key} is not the file of an elliptic-curve public key in PEM format.") from None
     signature = folder / SIGNATURE
     if not signature.is_file():
-        raise SignatureError(f"{name} is not signed, and {_SETTING} asks for a signature.")
+        raise SignatureError(f"{name} is not signed, and a signature by the key {public_key} is required.")
     try:
         config.verify(folder, signature)
     except Exception as error:  # a forged file may fail anywhere in the parser
@@ -107,3 +126,9 @@ def verify(folder: Path, public_key: Path, name: str) -> None:
         raise SignatureError(
             f"{name}: its signature is not one of these files by the key {public_key} ({cause}). Do not use it."
         ) from None
+
+
+def _existing(path: Path, source: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"{source}: there is no file {path}.")
+    return path

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from d2r_core.errors import UserError
 from d2r_core.files import sha256
 from tasks.config.settings import Settings
-from tasks.registry import integrity, signing, version_record, versions
+from tasks.registry import integrity, signing, transfer, version_record, versions
 from tasks.reproduction.reproduce import reproduce
 
 pytestmark = pytest.mark.slow
@@ -30,6 +31,8 @@ def project(
 ) -> Project:
     """A project that requires a signature by the key `own`, which the environment names."""
     project = make_project(tmp_path, tmp_path_factory, tiny_settings, monkeypatch)
+    for name in (signing.PASSWORD, signing.PUBLIC_KEY):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(signing.PRIVATE_KEY, str(make_key(tmp_path, "own")))
     project.with_settings(promote={"require_signature": "own.pub"})
     return project
@@ -44,6 +47,14 @@ def make_key(folder: Path, name: str) -> Path:
     ):
         subprocess.run(command.split(), check=True, capture_output=True)
     return private
+
+
+def encrypt(private: Path, password: str) -> Path:
+    """A copy of a private key that needs a password, made as docs/registry.md says."""
+    encrypted = private.with_stem(f"{private.stem}-encrypted")
+    command = f"openssl ec -in {private} -aes256 -passout pass:{password} -out {encrypted}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return encrypted
 
 
 def forge(version: int, project: Project) -> None:
@@ -87,20 +98,22 @@ ATTACKS = [
     (sign_by_another, "its signature is not one of these files"),
     (forge_and_sign_by_another, "its signature is not one of these files"),
     (damage_signature, "its signature is not one of these files"),
-    (remove_signature, "is not signed, and promote.require_signature asks for a signature"),
+    (remove_signature, "is not signed, and a signature by the key .*own.pub is required"),
 ]
 
 
 @pytest.mark.parametrize(("attack", "message"), ATTACKS)
 def test_version_without_a_valid_signature_is_refused_everywhere(
-    project: Project, attack: Callable[[int, Project], None], message: str
+    project: Project, attack: Callable[[int, Project], None], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version, champion = project.register(), project.register(seed=1)
     project.promote(version)
     project.promote(champion)
     attack(version, project)
     integrity.verify(project.version(version), None)  # hashes alone do not show it
+    mlflow.pyfunc.load_model(f"models:/{NAME}/{version}")
 
+    monkeypatch.setenv(signing.PUBLIC_KEY, str(project.paths.root / "own.pub"))
     settings, paths = project.settings, project.paths
     actions: list[Callable[[], object]] = [
         lambda: project.judge(version),
@@ -110,12 +123,17 @@ def test_version_without_a_valid_signature_is_refused_everywhere(
         lambda: versions.download(settings, paths, f"models:/{NAME}/{version}", paths.root / "download"),
         lambda: reproduce(settings, paths, version, paths.root / "again", train=False, log=print),
         lambda: version_record.read(settings, paths, version),
+        lambda: mlflow.pyfunc.load_model(f"models:/{NAME}/{version}"),
+        lambda: transfer.promote(
+            settings, paths, version, name="production", server=None, who="tester@host", reason="test", force=True
+        ),
     ]
     for action in actions:
         with pytest.raises(signing.SignatureError, match=f"^digits version {version}:? .*{message}"):
             action()
     assert project.champion() == champion
     assert "gate" not in project.version(version).tags
+    assert [model.name for model in mlflow.MlflowClient().search_registered_models()] == [NAME]
 
 
 def test_forged_champion_is_not_compared_with(project: Project) -> None:
@@ -168,25 +186,50 @@ def test_nothing_is_registered_that_would_be_refused(project: Project, monkeypat
     assert mlflow.search_logged_models(experiment_ids=["1"], output_format="list") == []
 
 
-def test_key_with_a_password_is_one_message(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, locked = project.paths.root / "own.pem", project.paths.root / "locked.pem"
-    command = f"openssl ec -in {own} -aes256 -passout pass:x -out {locked}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    monkeypatch.setenv(signing.PRIVATE_KEY, str(locked))
-    with pytest.raises(UserError, match="PEM format without a password"):
+def test_key_with_a_password_signs_and_neither_is_stored_or_printed(
+    project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, capfd: Any
+) -> None:
+    root, password, keys = project.paths.root, "Tr0ub4dor-and-3", tmp_path_factory.mktemp("keys")
+    monkeypatch.setenv(signing.PRIVATE_KEY, str(encrypt(root / "own.pem", password)))
+    with pytest.raises(UserError, match=r"own-encrypted\.pem is encrypted, and D2R_SIGNING_KEY_PASSWORD is not set\.$"):
+        project.register()
+    monkeypatch.setenv(signing.PASSWORD, "another")
+    with pytest.raises(UserError, match="or D2R_SIGNING_KEY_PASSWORD is not its password") as wrong:
+        project.register()
+    monkeypatch.setenv(signing.PASSWORD, password)
+    version = project.register()
+    project.judge(version)
+    project.promote(version)
+
+    # The private number is in the first line of the key; the lines after it hold the public one.
+    secrets = [password.encode(), (root / "own.pem").read_bytes().split(b"\n")[1]]
+    secrets += (root / "own-encrypted.pem").read_bytes().split(b"\n")[4:-2]
+    for path in (root / "own.pem", root / "own-encrypted.pem"):
+        path.rename(keys / path.name)
+    printed = capfd.readouterr()
+    stored = Path(mlflow.get_experiment_by_name("tests").artifact_location.removeprefix("file://"))
+    paths = [path for folder in (root, stored) for path in folder.rglob("*") if path.is_file()]
+    places = {str(path): path.read_bytes() for path in paths}
+    places |= {"output": (printed.out + printed.err).encode(), "message": str(wrong.value).encode()}
+    assert len(secrets) > 4
+    assert {"mlflow.db", "model.sig", "provenance.json"} <= {Path(place).name for place in places}
+    assert [place for place, content in places.items() for secret in secrets if secret in content] == []
+
+
+def test_password_for_a_key_that_has_none_is_one_message(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(signing.PASSWORD, "superfluous")
+    with pytest.raises(UserError, match=r"own\.pem is not encrypted, and D2R_SIGNING_KEY_PASSWORD is set\.$"):
         project.register()
 
 
 def test_public_key_that_is_none_is_one_message(project: Project) -> None:
     version = project.register()
     (project.paths.root / "own.pub").write_text("no key")
-    with pytest.raises(UserError, match=r"own\.pub is not an elliptic-curve public key in PEM format\.$"):
+    with pytest.raises(UserError, match=r"own\.pub is not the file of an elliptic-curve public key in PEM"):
         project.promote(version)
 
 
-def test_after_a_change_of_keys_the_model_is_registered_anew(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_change_of_keys_the_model_is_registered_anew(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotation, as docs/registry.md describes it; an unsigned version is replaced in the same way."""
     old = project.register()
     project.promote(old)
@@ -208,6 +251,31 @@ def test_without_the_setting_a_key_signs_and_nothing_is_required(
     signed = project.register()
     monkeypatch.delenv(signing.PRIVATE_KEY)
     unsigned = project.register(seed=1)
+    monkeypatch.setenv(signing.PRIVATE_KEY, "missing.pem")
+    with pytest.raises(UserError, match=r"^D2R_SIGNING_KEY: missing\.pem is not the file of"):
+        project.register(seed=2)
+    assert project.versions() == [signed, unsigned]
+    monkeypatch.delenv(signing.PRIVATE_KEY)
     for version, expected in ((signed, True), (unsigned, False)):
         assert (logged_model_folder(project.version(version)) / "model.sig").is_file() is expected
         project.promote(version)
+
+
+def test_client_that_names_a_key_loads_what_it_signed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the setting is not known, and from a folder without a registry, as in a container."""
+    version, folder = project.register(), project.paths.root / "downloaded"
+    integrity.fetch(project.version(version), folder, None)
+    (folder / integrity.CLIENT_FILE).unlink(missing_ok=True)
+    monkeypatch.setenv(signing.PUBLIC_KEY, "own.pub")
+    for uri in (f"models:/{NAME}/{version}", str(folder)):
+        mlflow.pyfunc.load_model(uri)
+    make_key(project.paths.root, "other")
+    monkeypatch.setenv(signing.PUBLIC_KEY, "other.pub")
+    for uri in (f"models:/{NAME}/{version}", str(folder)):
+        with pytest.raises(
+            signing.SignatureError, match=r"its signature is not one of these files by the key other\.pub"
+        ):
+            mlflow.pyfunc.load_model(uri)
+    monkeypatch.setenv(signing.PUBLIC_KEY, "missing.pub")
+    with pytest.raises(UserError, match=r"^D2R_PUBLIC_KEY: there is no file missing\.pub\.$"):
+        mlflow.pyfunc.load_model(str(folder))
