@@ -25,8 +25,7 @@ from tasks.tracking.environment import locked_packages
 
 FILE = "bom.json"
 _PACKAGE = "d2r"
-# Of the sources that state one; the images of the others belong to several owners or to the user.
-_DATA_LICENCES = {"digits": "CC-BY-4.0"}  # UCI Machine Learning Repository, data set 80
+_DATA_LICENCES = {"digits": "CC-BY-4.0"}  # by source; UCI Machine Learning Repository, data set 80
 _MAX_LICENCE = 100  # characters; some packages give the whole text where its name belongs
 
 

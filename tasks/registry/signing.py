@@ -86,7 +86,8 @@ def sign(folder: Path, unsigned: tuple[str, ...] = ()) -> Path | None:
     try:
         # Annotated as text, but the package hands the password to `cryptography`, which takes bytes.
         secret: Any = password.encode() if password else None
-        signer = signing.Config().use_elliptic_key_signer(private_key=Path(key), password=secret)
+        signer = signing.Config()  # type: ignore[no-untyped-call]
+        signer.use_elliptic_key_signer(private_key=Path(key), password=secret)
     except TypeError:  # a password that is missing, or one too many
         state = f"not encrypted, and {PASSWORD} is set" if password else f"encrypted, and {PASSWORD} is not set"
         raise UserError(f"{PRIVATE_KEY}: {key} is {state}.") from None

@@ -42,17 +42,17 @@ def make_key(folder: Path, name: str) -> Path:
     """A key pair NAME.pem and NAME.pub, made as docs/registry.md says; returns the path of the private key."""
     private, public = folder / f"{name}.pem", folder / f"{name}.pub"
     for command in (
-        f"openssl ecparam -name prime256v1 -genkey -noout -out {private}",
-        f"openssl ec -in {private} -pubout -out {public}",
+        f"openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out {private}",
+        f"openssl pkey -in {private} -pubout -out {public}",
     ):
         subprocess.run(command.split(), check=True, capture_output=True)
     return private
 
 
 def encrypt(private: Path, password: str) -> Path:
-    """A copy of a private key that needs a password, made as docs/registry.md says."""
+    """A copy of a private key that needs a password."""
     encrypted = private.with_stem(f"{private.stem}-encrypted")
-    command = f"openssl ec -in {private} -aes256 -passout pass:{password} -out {encrypted}"
+    command = f"openssl pkey -in {private} -aes-256-cbc -passout pass:{password} -out {encrypted}"
     subprocess.run(command.split(), check=True, capture_output=True)
     return encrypted
 
@@ -160,7 +160,8 @@ def test_signature_is_verified_by_the_command_of_model_signing(project: Project,
     """As docs/registry.md shows it to those who have the files and the public key alone."""
     folder = tmp_path / "downloaded"
     version = project.register()
-    mlflow.artifacts.download_artifacts(f"models:/{NAME}/{version}", dst_path=str(folder))
+    download = [sys.executable, "-m", "mlflow", "artifacts", "download", "-u", f"models:/{NAME}/{version}"]
+    subprocess.run([*download, "-d", str(folder)], check=True, capture_output=True)
     command = [sys.executable, "-m", "model_signing", "verify", "key", str(folder)]
     command += ["--signature", str(folder / "model.sig"), "--public_key", str(tmp_path / "own.pub")]
     subprocess.run(command, check=True, capture_output=True)
@@ -201,13 +202,15 @@ def test_key_with_a_password_signs_and_neither_is_stored_or_printed(
     project.judge(version)
     project.promote(version)
 
-    # The private number is in the first line of the key; the lines after it hold the public one.
-    secrets = [password.encode(), (root / "own.pem").read_bytes().split(b"\n")[1]]
-    secrets += (root / "own-encrypted.pem").read_bytes().split(b"\n")[4:-2]
+    # The private number is in the first two lines of the key; those after them hold the public one.
+    secrets = [password.encode(), *(root / "own.pem").read_bytes().split(b"\n")[1:3]]
+    secrets += (root / "own-encrypted.pem").read_bytes().split(b"\n")[1:-2]
     for path in (root / "own.pem", root / "own-encrypted.pem"):
         path.rename(keys / path.name)
     printed = capfd.readouterr()
-    stored = Path(mlflow.get_experiment_by_name("tests").artifact_location.removeprefix("file://"))
+    experiment = mlflow.get_experiment_by_name("tests")
+    assert experiment is not None
+    stored = Path(experiment.artifact_location.removeprefix("file://"))
     paths = [path for folder in (root, stored) for path in folder.rglob("*") if path.is_file()]
     places = {str(path): path.read_bytes() for path in paths}
     places |= {"output": (printed.out + printed.err).encode(), "message": str(wrong.value).encode()}
