@@ -94,7 +94,7 @@ def _compare(settings: Settings, paths: Paths, challenger: VersionFiles, champio
     evidence = Evidence(
         pairs=paired.pair(examples, champion_examples, examples["index"].nunique()),
         labels=examples.drop_duplicates("index").set_index("index")["label"],
-        new_data=identity_of(champion.version).data_hash != identity_of(challenger.version).data_hash,
+        new_data=champion.metadata["data_hash"] != challenger.metadata["data_hash"],
         champion=f"version {champion.version.version}, {predictions}{note}",
         seed=settings.seed,
     )
