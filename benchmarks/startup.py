@@ -82,7 +82,11 @@ def environment(project: Path, **variables: str) -> dict[str, str]:
 
 
 def python(project: Path, *arguments: str, **variables: str) -> Cost:
-    """The cost of `python ARGUMENTS` in the project, with these variables. Raises RuntimeError with its output if it fails."""
+    """The cost of `python ARGUMENTS` in the project, with these variables.
+
+    Raises:
+        RuntimeError: it failed; contains its output.
+    """
     with tempfile.TemporaryFile() as output:
         begin = time.perf_counter()
         child = subprocess.Popen(
