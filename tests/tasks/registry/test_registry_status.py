@@ -33,9 +33,8 @@ NOW = datetime.now(UTC)
 
 
 def version(gate: str = "passed", *aliases: str, **fields: Any) -> status.RegistryStatus:
-    return status.RegistryStatus(
-        2, aliases, gate, (), **{"settled": True, "experiment_id": "1", "run_id": "r"} | fields
-    )
+    values: dict[str, Any] = {"settled": True, "experiment_id": "1", "run_id": "r"}
+    return status.RegistryStatus(2, aliases, gate, (), **(values | fields))
 
 
 def approval(state: str, time: datetime = NOW) -> Approval:
