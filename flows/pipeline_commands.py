@@ -20,22 +20,16 @@ if TYPE_CHECKING:
 
 def run() -> None:
     """Run the whole pipeline, from the data to the registered model."""
-    from tasks.pipeline import dvc
+    from tasks.registry import status as registry
 
     settings, paths = _project()
-    registered = None
-    if not dvc.status(paths):
-        from tasks.registry.status import registry_status
-
-        registered = registry_status(settings, paths)
-    # These checks take less time than the start of Prefect.
-    if registered and (registered.settled or "champion" in registered.aliases):
+    # This takes less time than the start of Prefect.
+    registered = registry.finished(settings, paths)
+    if registered:
         typer.echo("Everything is up to date.")
     else:
         _run_flow()
-        from tasks.registry.status import registry_status
-
-        registered = registry_status(settings, paths)
+        registered = registry.registry_status(settings, paths)
     assert registered is not None, "the flow registers the model"
     _print_results(settings, paths, registered)
 
@@ -82,13 +76,18 @@ def use(
 
 def status() -> None:
     """Show which stages are up to date and which version is champion."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from tasks.pipeline import dvc
-    from tasks.registry.status import aliases, registry_status
+    from tasks.registry.status import aliases, import_mlflow, registry_status
     from tasks.tracking.uri import public_uri
 
     settings, paths = _project()
+    with ThreadPoolExecutor() as pool:
+        stage_states, cache_folder = pool.submit(_stage_states, paths), pool.submit(dvc.cache_folder, paths)
+        import_mlflow(settings, paths)
     try:
-        for name, state in _stage_states(paths):
+        for name, state in stage_states.result():
             typer.echo(f"{name:<12}{state}")
     except dvc.BusyError as error:
         typer.echo(f"A run is in progress.\n{error}")
@@ -105,7 +104,7 @@ def status() -> None:
     for label, path in (("report", paths.report), ("model card", paths.model_card)):
         typer.echo(f"{label:<12}{path if path.exists() else 'not written yet'}")
     typer.echo(f"{'MLflow':<12}{public_uri(settings)}")
-    typer.echo(f"{'DVC cache':<12}{dvc.cache_folder(paths)}")
+    typer.echo(f"{'DVC cache':<12}{cache_folder.result()}")
 
 
 def _project() -> tuple["Settings", "Paths"]:
@@ -180,24 +179,26 @@ def _print_decision(paths: "Paths") -> None:
             typer.echo(f"{'':<12}{rule.reason}")
 
 
-def _stage_states(paths: "Paths") -> Iterator[tuple[str, str]]:
+def _stage_states(paths: "Paths") -> list[tuple[str, str]]:
     """Every stage with its state, in words."""
     from tasks.pipeline import dvc
 
     changed, upstream, recorded = dvc.status(paths), dvc.upstream(paths), dvc.recorded(paths)
+    states: list[tuple[str, str]] = []
     stale: list[str] = []
     for name in dvc.order(paths):
         stale_inputs = [other for other in stale if other in upstream[name]]
         if name not in changed and not stale_inputs:
-            yield name, "up to date"
+            states.append((name, "up to date"))
             continue
         stale.append(name)
         if name not in recorded:
-            yield name, "has not run"
+            states.append((name, "has not run"))
         elif name in changed:
-            yield name, f"outdated: {', '.join(_reasons(changed[name]))}"
+            states.append((name, f"outdated: {', '.join(_reasons(changed[name]))}"))
         else:
-            yield name, f"waits for {', '.join(stale_inputs)}"
+            states.append((name, f"waits for {', '.join(stale_inputs)}"))
+    return states
 
 
 def _reasons(entries: list[Any]) -> Iterator[str]:

@@ -12,29 +12,27 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact
+from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from d2r_core.errors import UserError
-from flows import summary
-from flows.promotion import PromotionResult, promotion
 from tasks.config import settings as settings_file
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.evaluation.report_schema import RobustnessReport
-from tasks.pipeline import dvc
-from tasks.prefect_tasks import compare, reproduce
-from tasks.registry.status import registry_status
+from tasks.pipeline.dvc import BusyError
+from tasks.registry.status import RegistryStatus, finished
 from tasks.tracking.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from flows.promotion import PromotionResult
 
 
 @flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
-def retrain() -> PromotionResult | State[Any]:
-    """Bring every stage up to date, then register the model and apply the gate.
+def retrain() -> "PromotionResult | State[Any]":
+    """Bring every stage up to date, then register the model and apply the gate; nothing, if there is nothing to do.
 
     A model that does not pass the gate does not fail the flow: the champion stays, which is a normal result of a weekly
     run. A UserError fails the flow with one message.
@@ -42,48 +40,24 @@ def retrain() -> PromotionResult | State[Any]:
     paths = Paths()
     try:
         settings = settings_file.load(paths.params)
-        # Called, not submitted: only in the main thread can a cancellation or timeout interrupt the wait for the stage.
-        for stage in dvc.order(paths):
-            if stage == "report":
-                _compare(settings, paths)
-            reproduce.with_options(name=stage, task_run_name=stage)(stage)
-        result = promotion(settings, paths)
-        create_markdown_artifact(_markdown(settings, paths, result), key="robustness", description="Figures and gate")
+        if registered := _finished(settings, paths):
+            aliases = " ".join(f"@{alias}" for alias in registered.aliases)
+            version = f"{settings.promote.model_name} version {registered.version} {aliases}".rstrip()
+            return Completed(message=f"Everything is up to date: {version}.")
+        # Here, because it needs PyTorch, whose import takes longer than a run with nothing to do.
+        from flows.retraining import retraining
+
+        return retraining(settings, paths)
     except UserError as error:
         # Returned as a state, it is logged without a traceback; the caller of the flow still gets the exception.
         return Failed(message=str(error), data=error)
-    return result
 
 
-def _compare(settings: Settings, paths: Paths) -> None:
+def _finished(settings: Settings, paths: Paths) -> RegistryStatus | None:
     try:
-        compare(settings, paths)
-    except UnavailableError as error:
-        get_run_logger().warning("The report will not have a new comparison with the champion. %s", error)
-
-
-def _markdown(settings: Settings, paths: Paths, result: PromotionResult) -> str:
-    robustness = RobustnessReport.read(paths.robustness)
-    registered = registry_status(settings, paths)
-    assert registered is not None, "promotion registers the model"
-    return "\n".join(
-        [
-            f"# {settings.promote.model_name} version {result.version} is @{result.alias}",
-            "",
-            summary.markdown(robustness),
-            "",
-            f"Self-checks of the target: {summary.self_checks(robustness)}",
-            "",
-            f"**Gate {'passed' if result.verdict.passed else 'not passed'}**",
-            "",
-            *(f"- {reason}" for reason in result.verdict.reasons),
-            "",
-            *([result.approval.sentence(result.version), ""] if result.approval else []),
-            summary.rules_markdown(result.verdict.rules),
-            "",
-            f"MLflow: {summary.run_link(settings, registered.experiment_id, registered.run_id)}",
-        ]
-    )
+        return finished(settings, paths)
+    except (BusyError, UnavailableError):  # the tasks of the stages and of the registry try again
+        return None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The state of the registry, and of the evaluated model in it. Reads only, and without PyTorch: it answers soon."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Identity, RobustnessReport
+from tasks.pipeline import dvc
 from tasks.registry.decision import Approval
 from tasks.tracking import connection, errors
 from tasks.tracking.uri import tracking_uri
@@ -21,10 +25,56 @@ class RegistryStatus(NamedTuple):
     aliases: tuple[str, ...]
     gate: str | None  # "passed" or "failed"; None: not judged
     reasons: tuple[str, ...]
-    settled: bool  # judged, and by the present `promote` settings
+    settled: bool  # judged, by the present `promote` settings and beside the present champion
     experiment_id: str
     run_id: str  # of the training
     approval: Approval | None = None  # None: nobody was asked
+    on_hold: bool = False  # this version, or another one of the same weights
+
+    @property
+    def decided(self) -> bool:
+        """Whether a run would leave the version as it is: it is champion, or the gate or a person does not want that.
+
+        A version that passed the gate and is not champion for another reason is a promotion that was interrupted, or
+        one that nobody answered in time: the next run tries again.
+        """
+        if "champion" in self.aliases:
+            return True
+        if not self.settled:
+            return False
+        return self.gate == "failed" or self.on_hold or self._answered_or_waiting()
+
+    def _answered_or_waiting(self) -> bool:
+        if self.approval is None:
+            return False
+        if self.approval.state == "waiting":
+            return datetime.fromisoformat(self.approval.time) > datetime.now(UTC)
+        return self.approval.state == "rejected"
+
+
+def finished(settings: Settings, paths: Paths) -> RegistryStatus | None:
+    """The evaluated model's version if a run would change nothing; None if there is something to do.
+
+    It would change nothing if every stage is up to date and the version is `decided`.
+
+    Raises:
+        BusyError: a stage is running.
+        UserError: `dvc status` failed, MLflow does not answer, or robustness.json cannot be read.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        changed = pool.submit(dvc.status, paths)
+        import_mlflow(settings, paths)
+        if changed.result():
+            return None
+    registered = registry_status(settings, paths)
+    return registered if registered and registered.decided else None
+
+
+def import_mlflow(settings: Settings, paths: Paths) -> None:
+    """Import MLflow if its store exists: beside a process of DVC's, this takes no time of its own."""
+    if store_exists(settings, paths):
+        connection.set_defaults()
+        import mlflow  # noqa: F401
 
 
 def aliases(settings: Settings, paths: Paths) -> dict[str, int]:
@@ -83,16 +133,25 @@ def registry_status(settings: Settings, paths: Paths) -> RegistryStatus | None:
             return None
         assert newest.run_id is not None, "versions.register gives every version its run"
         run = MlflowClient().get_run(newest.run_id)
+        weights = newest.tags.get("weights_sha256")
+        same = MlflowClient().search_model_versions(f"name = '{newest.name}' and tags.weights_sha256 = '{weights}'")
     return RegistryStatus(
         version=int(newest.version),
         aliases=tuple(sorted(alias for alias, version in versions.items() if version == int(newest.version))),
         gate=newest.tags.get("gate"),
         reasons=tuple(newest.tags.get("gate_reasons", "").splitlines()),
-        settled=newest.tags.get("gate_settings") == settings.hash("promote"),
+        settled=newest.tags.get("gate_settings") == settings.hash("promote") and _compared_with(newest, versions),
         experiment_id=run.info.experiment_id,
         run_id=run.info.run_id,
         approval=Approval.of(newest),
+        on_hold=any("hold" in version.tags for version in same),
     )
+
+
+def _compared_with(version: "ModelVersion", versions: dict[str, int]) -> bool:
+    """Whether the gate compared the version with the present champion, or did not say with which."""
+    decision = json.loads(version.tags.get("decision", "{}"))
+    return "champion" not in decision or decision["champion"] == versions.get("champion")
 
 
 def newest_version(client: "MlflowClient", name: str, identity: Identity) -> "ModelVersion | None":

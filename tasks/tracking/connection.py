@@ -32,10 +32,7 @@ def configure(settings: Settings, paths: Paths) -> None:
         UnavailableError: the server does not answer within seconds.
         UserError: the database or the experiment cannot be used.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # MLflow's own 7 retries would take 4 minutes to report that the server is down.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    set_defaults()
     import mlflow
 
     uri = tracking_uri(settings)
@@ -57,6 +54,14 @@ def configure(settings: Settings, paths: Paths) -> None:
                 _ensure_experiment(name, None)  # the server decides where artifacts go
         else:
             _ensure_experiment(name, artifacts)
+
+
+def set_defaults() -> None:
+    """Set the variables of MLflow that the user has not set. Comes before the first import of MLflow."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow's own 7 retries would take 4 minutes to report that the server is down.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def _move_credentials_to_environment(uri: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import robustness_json
@@ -21,10 +22,12 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from d2r_core.errors import UserError
 from flows import retrain as module
+from flows import retraining
 from flows.promotion import PromotionResult
 from tasks import prefect_tasks
-from tasks.pipeline import dvc
-from tasks.registry import champion_comparison
+from tasks.config.paths import Paths
+from tasks.pipeline import dvc, process
+from tasks.registry import champion_comparison, status
 from tasks.registry.gate import Verdict
 from tasks.registry.status import RegistryStatus
 from tasks.tracking.errors import UnavailableError
@@ -37,7 +40,7 @@ def project(prefect_server: None, finished_project: Path, monkeypatch: pytest.Mo
     """The current folder: an evaluated project with a fake registry and gate."""
     monkeypatch.chdir(finished_project)
     registered = RegistryStatus(3, ("challenger",), "passed", (), False, "7", "abc")
-    monkeypatch.setattr(module, "registry_status", lambda settings, paths: registered)
+    monkeypatch.setattr(retraining, "registry_status", lambda settings, paths: registered)
     fake_gate(monkeypatch, passed=True)
     figures = {"clean": robustness_json.figures("clean", 0.975, 40, eps=0.0, interval=[0.871, 0.996])}
     passed = {"key": "logits", "name": "The outputs are logits", "passed": True, "found": ""}
@@ -49,7 +52,7 @@ def project(prefect_server: None, finished_project: Path, monkeypatch: pytest.Mo
 def fake_gate(monkeypatch: pytest.MonkeyPatch, *, passed: bool) -> None:
     verdict = Verdict(passed, ("Clean accuracy is 97.5%.",))
     result = PromotionResult(3, "champion" if passed else "challenger", verdict)
-    monkeypatch.setattr(module, "promotion", lambda settings, paths: result)
+    monkeypatch.setattr(retraining, "promotion", lambda settings, paths: result)
 
 
 @pytest.fixture
@@ -126,6 +129,31 @@ def test_a_model_that_does_not_pass_completes_the_flow(project: Path, monkeypatc
     assert "**Gate not passed**\n\n- Clean accuracy is 97.5%." in artifact_text(run)
 
 
+def test_with_nothing_to_do_the_flow_starts_no_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dvc.reproduce("second", Paths(project), print)
+    registered = RegistryStatus(3, ("champion",), "passed", (), True, "7", "abc")
+    monkeypatch.setattr(status, "registry_status", lambda settings, paths: registered)
+    commands: list[list[str]] = []
+    run_process = process.run
+
+    def run(command: list[str], **options: Any) -> tuple[int, list[str]]:
+        commands.append(command[1:])
+        return run_process(command, **options)
+
+    monkeypatch.setattr(process, "run", run)
+
+    module.retrain()
+
+    assert commands == [["-m", "dvc", "status", "--json"]]
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        mine = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+        assert client.read_task_runs(flow_run_filter=mine) == []
+    assert flow_run.state
+    assert flow_run.state.is_completed()
+    assert flow_run.state.message == "Everything is up to date: d2r-digits version 3 @champion."
+
+
 def test_a_failed_stage_fails_the_flow_with_one_message(project: Path, logged: list[tuple[str, str]]) -> None:
     (project / "behaviour").write_text("second fail")
 
@@ -190,7 +218,7 @@ def test_the_champion_is_compared_before_the_report_if_mlflow_is_available(
     monkeypatch.setattr(champion_comparison, "compare", compare)
     monkeypatch.setattr(dvc, "reproduce", reproduce)
     monkeypatch.setattr(dvc, "order", lambda paths: ["evaluate", "report"])
-    monkeypatch.setattr(module, "compare", prefect_tasks.compare.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(retraining, "compare", prefect_tasks.compare.with_options(retry_delay_seconds=0))
 
     module.retrain()
 

@@ -1,7 +1,9 @@
 """The state of the evaluated model in the registry."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import robustness_json
@@ -9,6 +11,7 @@ import robustness_json
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry import status
+from tasks.registry.decision import Approval
 from tasks.tracking import connection
 
 IDENTITY = {"weights_sha256": "weights", "data_hash": "data", "evaluation_hash": "evaluation"}
@@ -24,6 +27,39 @@ def paths(tmp_path: Path) -> Paths:
 
 def evaluate(paths: Paths, weights: str = "weights") -> None:
     robustness_json.write(paths.robustness, robustness_json.content({"target": robustness_json.model(weights)}))
+
+
+NOW = datetime.now(UTC)
+
+
+def version(gate: str = "passed", *aliases: str, **fields: Any) -> status.RegistryStatus:
+    values: dict[str, Any] = {"settled": True, "experiment_id": "1", "run_id": "r"}
+    return status.RegistryStatus(2, aliases, gate, (), **(values | fields))
+
+
+def approval(state: str, time: datetime = NOW) -> Approval:
+    return Approval.model_validate({"state": state, "time": time.isoformat(timespec="seconds")})
+
+
+@pytest.mark.parametrize(
+    ("registered", "decided"),
+    [
+        (version("failed", "champion", settled=False), True),
+        (version("failed"), True),
+        (version("failed", settled=False), False),  # the limits or the champion changed
+        (version("passed"), False),  # its promotion was interrupted
+        (version("passed", on_hold=True), True),
+        (version("passed", approval=approval("rejected")), True),
+        (version("passed", approval=approval("waiting", NOW + timedelta(hours=1))), True),
+        (version("passed", approval=approval("waiting", NOW - timedelta(hours=1))), False),
+        (version("passed", approval=approval("expired")), False),
+        (version("passed", approval=approval("approved")), False),  # its promotion was interrupted
+    ],
+)
+def test_a_version_is_decided_if_a_run_would_leave_it_as_it_is(
+    registered: status.RegistryStatus, decided: bool
+) -> None:
+    assert registered.decided == decided
 
 
 def test_a_question_creates_no_database(paths: Paths, tiny_settings: Callable[..., Settings]) -> None:
