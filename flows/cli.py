@@ -7,7 +7,14 @@ from types import FrameType
 import typer
 
 from d2r_core.errors import UserError
-from flows import approve_command, data_commands, evaluate_command, pipeline_commands, registry_commands
+from flows import (
+    approve_command,
+    compare_command,
+    data_commands,
+    evaluate_command,
+    pipeline_commands,
+    registry_commands,
+)
 
 app = typer.Typer(
     help="Trains image classifiers that remain accurate under adversarial attack, from data to champion.",
@@ -29,6 +36,7 @@ for command in (
     registry_commands.release,
     registry_commands.models,
     registry_commands.history,
+    compare_command.compare,
 ):
     app.command()(command)
 

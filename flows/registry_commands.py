@@ -81,7 +81,7 @@ def models() -> None:
             *(f"{float(tags[key]):.1%}" if key in tags else "" for key in ("clean_accuracy", "robust_accuracy")),
             f"{datetime.fromtimestamp(version.creation_timestamp / 1000):%Y-%m-%d %H:%M}",
         )
-    _print(table)
+    print_table(table)
 
 
 def _hold(version: "ModelVersion", versions: "list[ModelVersion]") -> str:
@@ -122,10 +122,10 @@ def history() -> None:
             move.evidence,
             move.run_id or "",
         )
-    _print(table)
+    print_table(table)
 
 
-def _print(table: object) -> None:
+def print_table(table: object) -> None:
     """Print a table; markup in a reason or a name is text."""
     from rich.console import Console
 
