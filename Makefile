@@ -5,7 +5,9 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 
 # After a crash, pytest-xdist may wait for ever for restarted workers: the first crash ends the run.
-WORKERS := --numprocesses 2 --dist loadfile --max-worker-restart 0
+# In the order of the folders: if files with more tests came first, the longest one, which has one test, would run alone
+# at the end.
+WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 export PATH := $(PATH):$(CURDIR)/.venv/bin
 
@@ -51,7 +53,9 @@ clean:  ## remove .venv and the tools' caches; data, models, reports, runs and D
 	@$(PYTHON) -m venv .venv
 	@command -v uv >/dev/null || $@ install --quiet uv==$(UV_VERSION)
 
+# Bytecode is compiled here: where Python may not write it, each process would compile all that it imports, which takes
+# longer than the rest of its start.
 .venv/installed: requirements.lock pyproject.toml | .venv/bin/pip
-	@uv pip sync --require-hashes --python .venv/bin/python requirements.lock
+	@uv pip sync --require-hashes --compile-bytecode --python .venv/bin/python requirements.lock
 	@uv pip install --quiet --no-deps --no-build-isolation --python .venv/bin/python --editable .
 	@touch $@

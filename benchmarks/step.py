@@ -259,7 +259,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = runtime.device("auto")
     torch.manual_seed(0)
-    size = {"depth": 34, "widen_factor": 10} if arguments.model == "wide_resnet" else {}
+    size: dict[str, Any] = {"depth": 34, "widen_factor": 10} if arguments.model == "wide_resnet" else {}
     target = models.build(arguments.model, num_classes=10, **size).to(device)
     guidance = models.build("resnet18", num_classes=10).to(device)
     x = torch.rand(arguments.batch, 3, 32, 32, device=device)

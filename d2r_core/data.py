@@ -49,12 +49,20 @@ def load_split(path: Path) -> Split:
             split = Split(tensors.get_tensor("images"), tensors.get_tensor("labels"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as prepared data ({error}). `dvc repro prepare` makes it.") from None
-    images, labels = split
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"{path}: images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 3, H, W).")
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise UserError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(images)},).")
+    try:
+        require_uint8(split)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return split
+
+
+def require_uint8(*splits: Split) -> None:
+    """Raise ValueError unless images are uint8 (N, 3, H, W) and labels int64 (N,): of floats the range is not known."""
+    for images, labels in splits:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 3, H, W).")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(images)},).")
 
 
 def content_hash(splits: Mapping[str, Split]) -> str:

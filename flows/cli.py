@@ -3,6 +3,7 @@
 import signal
 import sys
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -12,8 +13,11 @@ from flows import (
     compare_command,
     data_commands,
     evaluate_command,
+    gc_command,
+    lineage_command,
     pipeline_commands,
     registry_commands,
+    reproduce_command,
 )
 
 app = typer.Typer(
@@ -37,8 +41,28 @@ for command in (
     registry_commands.models,
     registry_commands.history,
     compare_command.compare,
+    gc_command.gc,
+    lineage_command.lineage,
+    reproduce_command.reproduce,
 ):
     app.command()(command)
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        typer.echo(f"d2r {version('d2r')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What `d2r` takes before a command."""
 
 
 def main() -> None:

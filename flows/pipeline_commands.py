@@ -47,6 +47,12 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, validate, pretrain,
     _, paths = _project()
     result = dvc.reproduce(name, paths, typer.echo)
     typer.echo(f"stage {name}: {result}")
+    outdated = dvc.outdated_inputs(name, paths)
+    if outdated:
+        typer.echo(
+            f"It used earlier results of {', '.join(outdated)}, not up to date with the present files and params.yaml: "
+            "`d2r run` runs these first."
+        )
 
 
 def use(

@@ -20,12 +20,19 @@ def promote(
     version: Version,
     reason: Reason,
     force: Annotated[bool, typer.Option("--force", help="even if the gate refuses it or it is on hold")] = False,
+    to: Annotated[str | None, typer.Option("--to", help="copy it to this registered model, champion there")] = None,
+    server: Annotated[str | None, typer.Option("--server", help="of --to: the address of another MLflow")] = None,
 ) -> None:
-    """Make a version the champion."""
-    from tasks.registry import history, moves
+    """Make a version the champion, here or in another model."""
+    from tasks.registry import history, moves, transfer
 
     settings, paths = project()
     who = history.local_user()
+    if to or server:
+        name = to or settings.promote.model_name
+        copy = transfer.promote(settings, paths, version, name=name, server=server, who=who, reason=reason, force=force)
+        typer.echo(f"{settings.promote.model_name} version {version} is @champion of {name} as version {copy}.")
+        return
     moved = moves.promote(settings, paths, version, who=who, command="promote", reason=reason, force=force)
     typer.echo(f"{settings.promote.model_name} version {version} is @champion{'' if moved else ' already'}.")
 
@@ -34,7 +41,7 @@ def rollback(
     reason: Reason,
     to: Annotated[int | None, typer.Option("--to", min=1, help="the version; by default the champion before")] = None,
 ) -> None:
-    """Make an earlier version the champion again and put the present one on hold."""
+    """Return to an earlier champion; puts the present one on hold."""
     from tasks.registry import history, moves
 
     settings, paths = project()
@@ -56,7 +63,7 @@ def release(version: Version) -> None:
 
 
 def models() -> None:
-    """List the versions with their aliases, the gate's verdict and a person's, holds and accuracies."""
+    """List the versions: aliases, gate, approval, holds, accuracies."""
     from datetime import datetime
 
     from rich.table import Table

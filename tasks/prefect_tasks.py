@@ -18,6 +18,7 @@ from tasks.pipeline import dvc
 from tasks.registry import approval, champion_comparison, history, moves, versions
 from tasks.registry.decision import Approval
 from tasks.registry.gate import Verdict, judge
+from tasks.registry.provenance import PrefectRun
 from tasks.tracking.errors import UnavailableError
 
 
@@ -52,7 +53,8 @@ def compare(settings: Settings, paths: Paths) -> None:
 @_registry_task
 def register(settings: Settings, paths: Paths) -> int:
     """Register the evaluated model as @challenger; returns its version."""
-    version = versions.register(settings, paths)
+    run = PrefectRun(id=flow_run.id, name=flow_run.name or "") if flow_run.id else None
+    version = versions.register(settings, paths, run)
     print(f"{settings.promote.model_name} version {version} is @challenger")
     return version
 

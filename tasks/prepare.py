@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ def run(settings: Settings, paths: Paths, threads: int = parallel_decoding.THREA
         written = {}
         with tqdm(total=sum(map(len, splits.values())), desc="decoding", unit=" images", disable=None) as progress:
             for name, samples in splits.items():
-                with closing(parallel_decoding.decode_in_order(samples, prepare.image_size, threads)) as decoded:
+                with closing(_decoded(samples, prepare, threads)) as decoded:
                     rows = _usable(name, samples, decoded, source, prepare, tally, progress)
                     size, max_rows = prepare.image_size, len(samples)
                     written[name] = split_writer.write(files[name], rows, size=size, max_rows=max_rows)
@@ -62,6 +62,10 @@ def run(settings: Settings, paths: Paths, threads: int = parallel_decoding.THREA
     if tally.quarantine:
         print(f"quarantined {len(tally.quarantine)} unusable images, listed in {paths.quarantine}")
     return manifest
+
+
+def _decoded(samples: list[Sample], prepare: Prepare, threads: int) -> Generator[Decoded | str, None, None]:
+    return parallel_decoding.decode_in_order(samples, prepare.image_size, threads, prepare.fit)
 
 
 def _rng(settings: Settings, purpose: int) -> np.random.Generator:
@@ -130,7 +134,7 @@ def _usable(
     for sample, image in zip(samples, decoded, strict=True):
         progress.update()
         if isinstance(image, Decoded):
-            mismatches = set(image.changes) - ({"grey"} if source.grey else set())
+            mismatches = image_decoding.MISMATCHES.intersection(image.changes) - ({"grey"} if source.grey else set())
             if prepare.on_mismatch == "convert" or not mismatches:
                 names.append(sample.name)
                 for change in image.changes:

@@ -13,12 +13,12 @@ from tasks.config import entry_point
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.validation import data_report, drift, great_expectations_runner, suite, tables
+from tasks.validation import data_report, drift, findings_table, great_expectations_runner, suite, tables
 from tasks.validation.great_expectations_runner import Finding
 
 
 def run(settings: Settings, paths: Paths) -> list[Finding]:
-    """Validate the prepared data; write reports/validation (Data Docs, validation.json) and reports/data.html.
+    """Validate the prepared data; write reports/validation (Data Docs, JSON, findings.csv) and reports/data.html.
 
     Accepted data are recorded in data/baseline.json, which the next data are compared with.
 
@@ -51,6 +51,7 @@ def run(settings: Settings, paths: Paths) -> list[Finding]:
         stops = any(finding.severity in ("error", settings.validate_.stop_on) for finding in failed)
         compared_with = baseline["hash"] if baseline else None
         summary = _summary(findings, manifest["hash"], compared_with, len(images), stops=stops)
+        findings_table.write(docs / "findings.csv", findings, images, quarantine)
         write_text(docs / "validation.json", json.dumps(summary, indent=2) + "\n")
         drift_table = frames.get("drift")
         write_text(page, data_report.render(splits, images, manifest, findings, drift_table, quarantine, stops=stops))
@@ -108,7 +109,7 @@ def _summary(
                 "observed": finding.observed,
                 "allowed": finding.allowed,
                 "ok": finding.ok,
-                "offenders": [str(offender) for offender in finding.offenders],
+                "offenders": [str(offender) for offender in finding.listed],
                 "more": finding.more,
             }
             for finding in findings
@@ -132,7 +133,7 @@ def _table(failed: Sequence[Finding]) -> list[str]:
     ]
     table = lines[:1]
     for line, finding in zip(lines[1:], failed, strict=True):
-        table += [line, *(f"    {offender}" for offender in finding.offenders)]
+        table += [line, *(f"    {offender}" for offender in finding.listed)]
         table += [f"    and {finding.more} more"] if finding.more else []
     return table
 
@@ -143,7 +144,7 @@ def _message(failed: list[Finding], total: int, paths: Paths) -> str:
             f"{paths.prepared}: {len(failed)} of {total} expectations failed",
             *_table(failed),
             "Fix the data, or change the limits in the section validate (params.yaml). "
-            f"See {paths.data_page}; all findings are in {paths.validation} (index.html, validation.json).",
+            f"See {paths.data_page}; every image concerned is in {paths.validation / 'findings.csv'}.",
         ]
     )
 

@@ -25,7 +25,7 @@ def tiny_values() -> dict[str, Any]:
     values["pretrain"].update(architecture={"name": "resnet18", "width": 4, "strides": [1, 2, 2, 2]}, epochs=1)
     values["train"].update(epochs=1, steps=2, batch_size=32)
     values["evaluate"].update(steps=2, autoattack_images=0, check_images=20)
-    values["promote"].update(min_clean_accuracy=0.0, min_robust_accuracy=0.0)
+    values["promote"].update(min_clean_accuracy=0.0, min_robust_accuracy=0.0, onnx=False)
     values["validate"].update(min_images_per_class=1)
     return values
 
@@ -56,9 +56,13 @@ def prefect_server() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window, driven by Playwright."""
+    """Chromium without a window, driven by Playwright.
+
+    Ended with its module: as long as Playwright runs, it keeps an event loop in this thread, in which no test of
+    another module could call `asyncio.run`.
+    """
     executable = shutil.which("chromium")
     if executable is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")

@@ -91,7 +91,7 @@ class Project:
         self.paths.accepted.parent.mkdir(parents=True, exist_ok=True)
         self.paths.accepted.write_text(json.dumps({"data_hash": manifest["hash"]}))
 
-    def train(self, seed: int = 0, classes: list[str] = CLASSES) -> torch.nn.Module:
+    def train(self, seed: int = 0, classes: list[str] = CLASSES, collapsed: bool = False) -> torch.nn.Module:
         """A target model with that seed's random weights, out of an MLflow run that logged the first of two epochs."""
         torch.manual_seed(seed)
         model = models.build(**ARCHITECTURE).eval()
@@ -102,6 +102,7 @@ class Project:
             "architecture": ARCHITECTURE,
             "classes": classes,
             "image_range": [0.0, 1.0],
+            "collapsed": collapsed,
             **vars(current_lineage(self.settings, self.paths)),
             "mlflow_run_id": run.id,
         }

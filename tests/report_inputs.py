@@ -129,6 +129,7 @@ def _metadata(name: str, classes: int) -> dict[str, Any]:
     network["target"] = {"name": "wide_resnet", "depth": 10, "widen_factor": 1}
     return {
         "architecture": {**network[name], "num_classes": classes, "image_size": 16},
+        "collapsed": False,
         "metrics": {"epoch": 27, "clean_accuracy": 0.969, "robust_accuracy": 0.734}
         if name == "target"
         else {"epoch": 9},

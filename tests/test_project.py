@@ -71,6 +71,7 @@ def test_make_lists_its_commands() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_crashed_worker_fails_the_run(tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         (tmp_path / f"test_{name}.py").write_text("import os\ndef test_crash():\n    os.abort()\n")

@@ -38,3 +38,7 @@ class EvaluationConfig:
     def cached_in(self, name: str) -> "EvaluationConfig":
         """The same with that folder inside the cache, if there is a cache."""
         return replace(self, cache_folder=self.cache_folder / name) if self.cache_folder else self
+
+    def without_cache(self) -> "EvaluationConfig":
+        """The same for what is not worth a cache."""
+        return replace(self, cache_folder=None)

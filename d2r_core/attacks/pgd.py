@@ -75,7 +75,7 @@ def ascend(
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():  # also for a caller under no_grad
             logits = at_least_fp32(model(x_adv))
-            (gradient,) = torch.autograd.grad(loss(logits, y), x_adv)
+            gradient = input_gradient(loss(logits, y), x_adv)
         x_adv = x_adv.detach()
         if any_iterate and not (robust := logits.argmax(1) == y).all():
             result[rows] = x_adv
@@ -88,6 +88,14 @@ def ascend(
     if any_iterate:
         rows = rows[_correct(model, x_adv, y)]
     return result, rows
+
+
+def input_gradient(loss: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a scalar with respect to x: zero where autograd cannot follow how it depends on x."""
+    if not loss.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(loss, x, materialize_grads=True)
+    return gradient
 
 
 def published_step(eps: float, step_size: float) -> Step:

@@ -1,9 +1,11 @@
 """Accuracy under attack, image by image: the same for any batch size and any number of processes."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -46,8 +48,28 @@ class AttackResult(NamedTuple):
         return self.predictions == labels
 
 
+@dataclass
+class AttackCost:
+    """What an attack took to make its images, on all processes together; the passes are those of single images."""
+
+    forward_passes: int = 0
+    backward_passes: int = 0
+    seconds: float = 0.0
+
+    def add(self, forward_passes: float, backward_passes: float, seconds: float) -> None:
+        self.forward_passes += round(forward_passes)
+        self.backward_passes += round(backward_passes)
+        self.seconds += seconds
+
+
 def run_attack(
-    model: nn.Module, split: Split, attack: Attack, config: EvaluationConfig, *, image_ids: Tensor | None = None
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    config: EvaluationConfig,
+    *,
+    image_ids: Tensor | None = None,
+    cost: AttackCost | None = None,
 ) -> AttackResult:
     """Attack every image of `split` and ask the model about the result; in eval mode, the mode is restored.
 
@@ -57,7 +79,9 @@ def run_attack(
         split: uint8 images, or float ones in [0, 1]; on any device.
         image_ids: the images' places in the test split, int64 (N,) on the CPU; by default 0 to N - 1. With the seed
             they determine the noise.
+        cost: that of the attack is added to it; a cached batch costs what it took when it was made.
     """
+    spent = torch.zeros(3, dtype=torch.float64, device=config.device)
     result = AttackResult(
         torch.zeros(len(split), dtype=torch.int64, device=config.device),
         torch.zeros(len(split), dtype=torch.float32, device=config.device),
@@ -65,13 +89,16 @@ def run_attack(
     )
     with under_attack(model), runtime.autocast(config.device, config.precision):
         share = (distributed.rank(), distributed.world())
-        for index, x_adv in _batches(model, split, attack, config, image_ids, share):
+        measured = spent if cost is not None else None
+        for index, x_adv in _batches(model, split, attack, config, image_ids, share, measured):
             x, labels = _on_device(split, index, config.device)
             with torch.no_grad():
                 logits = at_least_fp32(model(x_adv))
             result.predictions[index] = logits.argmax(1)
             result.margins[index] = margin(logits, labels).float()
             result.distances[index] = norms.norm(x_adv.double() - x.double(), config.norm)
+    if cost is not None:
+        cost.add(*distributed.all_reduce_sum(spent).tolist())
     # The other ranks' images are zeros here.
     return AttackResult(*(distributed.all_reduce_sum(part).cpu() for part in result))
 
@@ -92,12 +119,14 @@ def cascade(
     *,
     image_ids: Tensor | None = None,
     begin: Callable[[str, int], None] = lambda name, robust: None,
+    cost: AttackCost | None = None,
 ) -> tuple[AttackResult, dict[str, int]]:
     """Each attack in turn on the images that are still robust, as AutoAttack does.
 
     Args:
         image_ids: as run_attack takes them.
         begin: hears of each attack's name and how many images are robust so far, before it starts.
+        cost: that of all attacks is added to it.
 
     Returns:
         What the most harmful attack made of each image, and how many were robust after each attack.
@@ -111,7 +140,8 @@ def cascade(
         begin(attack.name, len(robust))
         if len(robust):
             part = split.take(robust.to(split.labels.device))
-            result = run_attack(model, part, attack, config.cached_in(attack.name), image_ids=image_ids[robust])
+            cached = config.cached_in(attack.name)
+            result = run_attack(model, part, attack, cached, image_ids=image_ids[robust], cost=cost)
             worse = result.margins < worst.margins[robust]
             for column, values in zip(worst, result, strict=True):
                 column[robust[worse]] = values[worse]
@@ -153,10 +183,12 @@ def _batches(
     config: EvaluationConfig,
     image_ids: Tensor | None,
     share: tuple[int, int] = (0, 1),
+    spent: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as the images' places in `split` and their adversarial images, on the device.
 
-    `share` is which rank's batches, of how many ranks.
+    `share` is which rank's batches, of how many ranks. What they cost is added to `spent`: forward passes, backward
+    passes, seconds.
     """
     rank, world = share
     image_ids = torch.arange(len(split)) if image_ids is None else image_ids
@@ -165,18 +197,49 @@ def _batches(
         if batch % world != rank:
             continue
         cache = config.cache_folder / f"{batch:05}.safetensors" if config.cache_folder else None
-        x_adv = _load(cache, image_ids[index]) if cache else None
-        if x_adv is None:
+        batch_cost = torch.zeros(3, dtype=torch.float64)
+        made = _load(cache, image_ids[index]) if cache else None
+        if made is None:
             x, labels = _on_device(split, index, config.device)
             noise = image_noise(image_ids[index], x.shape[1:], seed=config.seed, device=config.device)
             # Batches shrink as images are misclassified, and no size of them is worth compiling for.
-            with runtime.eager(runtime.is_compiled(model)):
+            measured = _measured(model, batch_cost, config.device) if cache or spent is not None else nullcontext()
+            with runtime.eager(runtime.is_compiled(model)), measured:
                 x_adv = attack(model, x, labels, noise)
             if cache:
+                content = {"images": x_adv.cpu().contiguous(), "numbers": image_ids[index], "cost": batch_cost}
                 with files.atomic(cache) as temporary:
-                    save_file({"images": x_adv.cpu().contiguous(), "numbers": image_ids[index]}, temporary)
+                    save_file(content, temporary)
+        else:
+            x_adv, batch_cost = made
+        if spent is not None:
+            spent += batch_cost.to(spent.device)
         # Results are taken from these images alone, which are float32 in the cache as here.
         yield index, x_adv.to(config.device).contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _measured(model: nn.Module, cost: Tensor, device: torch.device) -> Iterator[None]:
+    """Add the passes of single images through `model`, and the seconds, to `cost`, float64 (3,)."""
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
+        images = len(inputs[0])
+        cost[0] += images
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: count_backward(images))
+
+    def count_backward(images: int) -> None:
+        cost[1] += images
+
+    hook = model.register_forward_hook(count)
+    start = time.monotonic()
+    try:
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        cost[2] += time.monotonic() - start
+    finally:
+        hook.remove()
 
 
 def _on_device(split: Split, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -184,13 +247,13 @@ def _on_device(split: Split, index: Tensor, device: torch.device) -> tuple[Tenso
     return to_float(images).contiguous(memory_format=torch.channels_last), labels
 
 
-def _load(path: Path, image_ids: Tensor) -> Tensor | None:
-    """The adversarial images of a finished batch; None where there is none, a damaged file, or one of other images.
+def _load(path: Path, image_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The adversarial images of a finished batch and their cost; None where there is none, or a damaged file.
 
-    Others, where a model whose passes do not repeat exactly has left other images robust.
+    None too for other images, where a model whose passes do not repeat exactly has left other images robust.
     """
     try:
         content = load_file(path)
     except (OSError, SafetensorError):
         return None
-    return content["images"] if torch.equal(content["numbers"], image_ids) else None
+    return (content["images"], content["cost"]) if torch.equal(content["numbers"], image_ids) else None

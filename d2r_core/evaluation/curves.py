@@ -26,6 +26,26 @@ class EpsCurve(NamedTuple):
         """bool (N,): the images that are robust at `eps`."""
         return self.smallest_eps > eps
 
+    def median_perturbation(self) -> "MedianPerturbation | None":
+        """0 where half of the images are misclassified as they are; None if more than half are robust at the end."""
+        below = [number for number, point in enumerate(self.points) if point["accuracy"] <= 0.5]
+        if not below:
+            return None
+        if below[0] == 0:
+            return MedianPerturbation(0.0, 0.0, 0.0)
+        before, after = self.points[below[0] - 1 : below[0] + 1]
+        share = (before["accuracy"] - 0.5) / (before["accuracy"] - after["accuracy"])
+        value = before["eps"] + share * (after["eps"] - before["eps"])
+        return MedianPerturbation(value, before["eps"], after["eps"])
+
+
+class MedianPerturbation(NamedTuple):
+    """The median over the images of the smallest perturbation that misleads the model, as far as PGD finds it."""
+
+    value: float  # interpolated linearly between the two
+    above: float  # the largest radius of the curve at which more than half of the images are robust
+    at_most: float  # the next one
+
 
 class StepsCurve(NamedTuple):
     points: list[dict[str, Any]]  # steps ascending: steps, accuracy, interval, correct, images

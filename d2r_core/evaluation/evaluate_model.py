@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from d2r_core import runtime
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.pgd import PGD, Clean, cw, fgsm, under_attack
-from d2r_core.attacks.run import AttackResult, adversarial_images, run_attack
+from d2r_core.attacks.run import AttackCost, AttackResult, adversarial_images, run_attack
 from d2r_core.data import Split
 from d2r_core.evaluation import curves, probes
 from d2r_core.evaluation.curves import EpsCurve, StepsCurve
@@ -27,6 +27,7 @@ class ModelEvaluation(NamedTuple):
     eps_curve: EpsCurve
     steps_curve: StepsCurve
     self_checks: list[SelfCheck]
+    costs: dict[str, AttackCost]  # by attack, as figures, without clean and worst
 
 
 def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor, config: EvaluationConfig) -> ModelEvaluation:
@@ -52,7 +53,8 @@ def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor, config: Eva
     runtime.set_precision(config.precision)
     with under_attack(model):
         classes = probes.logits(model, split.take(torch.arange(1)), 1, config.device).shape[1]
-    results = run_attacks(model, split, config)
+    costs: dict[str, AttackCost] = {}
+    results = run_attacks(model, split, config, costs=costs)
     figures = attack_figures(results, split.labels, classes, config)
     figures["worst"] = worst_figure(results.values(), split.labels, classes, config)
     eps_curve = curves.against_eps(model, split, config.cached_in("curve"))
@@ -68,7 +70,7 @@ def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor, config: Eva
         distances={key: result.distances for key, result in results.items()},
         saved=(first.images, x_adv),
     )
-    return ModelEvaluation(figures, eps_curve, steps_curve, self_checks)
+    return ModelEvaluation(figures, eps_curve, steps_curve, self_checks, costs)
 
 
 def standard_attacks(config: EvaluationConfig) -> dict[str, Clean | PGD]:
@@ -93,13 +95,17 @@ def run_attacks(
     config: EvaluationConfig,
     *,
     begin: Callable[[str, int], None] = lambda name, robust: None,
+    costs: dict[str, AttackCost] | None = None,
 ) -> dict[str, AttackResult]:
-    """The standard attacks on every image; `begin` is called as by cascade."""
+    """The standard attacks on every image; `begin` is called as by cascade, `costs` gets an entry for each attack."""
     results: dict[str, AttackResult] = {}
     correct = len(split)
     for key, attack in standard_attacks(config).items():
         begin(attack.name, correct)
-        results[key] = run_attack(model, split, attack, config.cached_in(key))
+        cost = AttackCost()
+        results[key] = run_attack(model, split, attack, config.cached_in(key), cost=cost)
+        if costs is not None and key != "clean":
+            costs[key] = cost
         if key == "clean":
             correct = int(results[key].correct(split.labels.cpu()).sum())
     return results

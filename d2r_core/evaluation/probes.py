@@ -14,7 +14,7 @@ from d2r_core import runtime
 from d2r_core.attacks import norms
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.norms import Norm
-from d2r_core.attacks.pgd import PGD, Noise
+from d2r_core.attacks.pgd import PGD, Noise, input_gradient
 from d2r_core.attacks.run import image_noise
 from d2r_core.data import Split, to_float
 from d2r_core.runtime import at_least_fp32
@@ -76,9 +76,18 @@ def gradient_sizes(model: nn.Module, split: Split, config: EvaluationConfig, ima
     return torch.cat(sizes, 1).cpu()
 
 
+def has_gradient(model: nn.Module, split: Split, device: torch.device) -> bool:
+    """Whether autograd can follow how the outputs depend on the images (on the first of them)."""
+    x = to_float(split.images[:1].to(device)).requires_grad_()
+    with torch.enable_grad(), runtime.eager(runtime.is_compiled(model)):
+        outputs = model(x)
+    if not outputs.requires_grad:
+        return False
+    return torch.autograd.grad(outputs.sum(), x, allow_unused=True)[0] is not None
+
+
 def _largest_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     with torch.enable_grad(), runtime.eager(runtime.is_compiled(model)):
         loss = F.cross_entropy(at_least_fp32(model(x)), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, x)
-    return gradient.abs().flatten(1).amax(1)
+    return input_gradient(loss, x).abs().flatten(1).amax(1)

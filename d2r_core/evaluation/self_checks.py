@@ -92,6 +92,7 @@ def run_self_checks(
         sizes = (config.batch_size, max(1, min(config.batch_size, len(split)) // 2))
         outputs, outputs_again = (probes.logits(model, split, size, config.device) for size in sizes)
         gradient_sizes = probes.gradient_sizes(model, split, config, image_ids)
+        has_gradient = probes.has_gradient(model, split, config.device)
     pgd = replace(config.pgd, restarts=1)
     queried = robust("black_box", black_box_attack) if black_box_attack else None
     transferred = robust("transfer", probes.Transfer(other[1], replace(pgd, any_iterate=False))) if other else None
@@ -105,7 +106,7 @@ def run_self_checks(
         black_box(queried, white_box),
         transfer(transferred, white_box, other[0] if other else ""),
         losses(margin, white_box),
-        gradients(gradient_sizes[:, clean]),
+        gradients(gradient_sizes[:, clean], has_gradient=has_gradient),
         noise(noisy, eps_curve.robust(_QUARTER * config.eps), clean, config.eps),
         logits(outputs),
         eval_mode(outputs, outputs_again, training=training, changed=changed, precision=config.precision),
@@ -159,12 +160,20 @@ def losses(margin: Tensor, white_box: Tensor) -> SelfCheck:
     return _result("losses", *_against_pgd(margin, white_box, "the margin loss", share=_LOSSES))
 
 
-def gradients(sizes: Tensor) -> SelfCheck:
+def gradients(sizes: Tensor, *, has_gradient: bool = True) -> SelfCheck:
     """PGD is blind where the loss has no gradient.
 
     Args:
         sizes: the largest component of the gradient of each image that the model gets right, at two points, (2, N).
+        has_gradient: whether autograd can follow how the outputs depend on the images.
     """
+    if not has_gradient:
+        return _result(
+            "gradients",
+            False,
+            "The outputs do not depend on the images in a way that autograd can follow (detach, no_grad, argmax, or "
+            "another library's arithmetic): FGSM, PGD, CW, APGD and FAB see a gradient of zero.",
+        )
     images = sizes.shape[1]
     if not images:
         return _result("gradients", None, "The model gets no image right, so there is nothing to attack.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2r_core import distributed, runtime
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.run import Attack, accuracy_under
-from d2r_core.data import Split, load_batch, rank_batches
+from d2r_core.data import Split, load_batch, rank_batches, require_uint8
 from d2r_core.interruption import Interrupted, stop_requests
 from d2r_core.training import awp
 from d2r_core.training.checkpointer import Checkpointer
@@ -60,7 +60,7 @@ class Trainer:
         select_by: the accuracy that selects the checkpoint; the later of two equal epochs wins.
 
     Raises:
-        ValueError: `select_by` is none of the validation attacks.
+        ValueError: `select_by` is none of the validation attacks, or images are not uint8.
     """
 
     def __init__(
@@ -77,8 +77,9 @@ class Trainer:
     ) -> None:
         if select_by not in validation_attacks:
             raise ValueError(f"select_by is {select_by!r}; validation attacks: {', '.join(validation_attacks)}.")
-        self.method, self.train, self.validation, self.config = method, train, validation, config
-        self.device = device
+        require_uint8(train, validation)
+        self.method, self.train, self.validation = method, train, validation
+        self.config, self.device, self.next_log = config, device, 0.0
         self.logger = logger if distributed.rank() == 0 else None
         self.validation_attacks, self.select_by = validation_attacks, select_by
         self.generator = runtime.generator(config.seed, device)
@@ -99,7 +100,6 @@ class Trainer:
         self.epoch, self.step = 0, 0  # the current epoch, from 1, and how many of its steps are done
         self.steps = len(self._batches(torch.arange(len(train))))  # of an epoch
         self.best: BestCheckpoint | None = None
-        self.next_log = 0.0
 
     def fit(self, checkpointer: Checkpointer | None = None, max_minutes: float | None = None) -> BestCheckpoint:
         """Train for the configured epochs, or for what is left of them if `checkpointer` has a state.

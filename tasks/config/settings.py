@@ -43,6 +43,7 @@ class Prepare(Section):
     source: Literal["digits", "image_folder", "cifar10", "cifar100", "tiny_imagenet"]
     path: Text  # image_folder, tiny_imagenet: folder or zip; CIFAR: the archive, or its folder; digits: unused
     image_size: Annotated[int, Field(ge=8, le=512)]  # pixels, both sides
+    fit: Literal["stretch", "crop", "pad"]  # how an image that is not square becomes square
     on_mismatch: Literal["convert", "refuse"]  # a grey image or one of another size
     on_bad_image: Literal["refuse", "quarantine"]  # stop at an unusable image, or go on without it
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]  # of each class's training images
@@ -209,6 +210,7 @@ class Promote(Section):
     min_robust_accuracy: Probability  # against the strongest attack on each image
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)]  # one-sided, of every comparison with the champion
     margin: Annotated[float, Field(gt=0.0, lt=1.0)]  # accuracy that a challenger may lose where no gain is needed
+    onnx: bool  # export the model to ONNX when it is registered
     approval: Literal["automatic", "manual"]  # whether the flow promotes what passed, or a person (`d2r approve`)
     approval_minutes: NotNegative  # manual: how long the flow waits for the person; 0: not at all
 

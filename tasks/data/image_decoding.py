@@ -1,24 +1,30 @@
-"""Converts any image to RGB of one size, and records what had to be converted."""
+"""Converts any image to upright RGB of one size, and records what had to be converted."""
 
 import io
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Formats that Pillow decodes itself; for others it starts external programs (PostScript) or is less tested.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**26  # 8192 x 8192; a small file can declare any number
-CHANGES = ("grey", "other_mode", "resized")
+# Conversions: of the colours, of the size, of a photo that the camera's EXIF tag says is turned, of transparency, and,
+# because the image is not square, of its shape.
+CHANGES = ("grey", "other_mode", "resized", "rotated", "composited", "stretched", "cropped", "padded")
+MISMATCHES = {"grey", "other_mode", "resized"}  # what prepare.on_mismatch may refuse
+Fit = Literal["stretch", "crop", "pad"]  # how an image that is not square becomes square
+BACKGROUND = "white"  # behind transparent pixels, as browsers show them
+PADDING = "black"
 _GREY = ("1", "L", "LA")
 _OTHER_MODES = ("P", "PA", "RGBA", "CMYK", "YCbCr")
 
 
 class Decoded(NamedTuple):
     pixels: NDArray[np.uint8]  # (3, size, size), RGB, contiguous
-    original: str  # mode and size in the file: "L, 20 x 30"
+    original: str  # mode and upright size: "L, 20 x 30"
     changes: tuple[str, ...]  # of CHANGES; empty if the file is RGB of that size
 
 
@@ -27,8 +33,13 @@ def from_file(read: Callable[[], bytes]) -> Image.Image:
     return Image.open(io.BytesIO(read()), formats=FORMATS)
 
 
-def decode(image: Image.Image, size: int) -> Decoded:
-    """Convert an opened image to RGB and resize it to `size` x `size` pixels (bilinear); transparency is dropped.
+def decode(image: Image.Image, size: int, fit: Fit = "stretch") -> Decoded:
+    """Convert an opened image to upright RGB of `size` x `size` pixels (bilinear).
+
+    Transparency is composited on white.
+
+    Args:
+        fit: of an image that is not square: change its proportions, crop its centre, or pad it with black.
 
     Raises:
         ValueError: the image has too many pixels, or a mode that has no unique conversion to 8-bit RGB (16-bit, float).
@@ -42,14 +53,32 @@ def decode(image: Image.Image, size: int) -> Decoded:
         if image.mode not in (*_GREY, *_OTHER_MODES):
             raise ValueError(f"has the mode {image.mode}; 8-bit colour or grey is required")
         changes.append("grey" if image.mode in _GREY else "other_mode")
-    if image.size != (size, size):
-        changes.append("resized")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+        changes.append("rotated")
+        image = ImageOps.exif_transpose(image)
     original = f"{image.mode}, {image.width} x {image.height}"
-    # Pillow warns about a palette with transparency unless it passes through RGBA.
-    rgb = (image.convert("RGBA") if image.has_transparency_data else image).convert("RGB")
+    if image.has_transparency_data:
+        changes.append("composited")
+        rgba = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, BACKGROUND), rgba).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
     if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+        changes.append("resized")
+        if rgb.width != rgb.height:
+            changes.append({"stretch": "stretched", "crop": "cropped", "pad": "padded"}[fit])
+        rgb = _resize(rgb, size, fit)
     return Decoded(np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)), original, tuple(changes))
+
+
+def _resize(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    match fit:
+        case "stretch":
+            return image.resize((size, size), Image.Resampling.BILINEAR)
+        case "crop":
+            return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        case "pad":
+            return ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=PADDING)
 
 
 def reason(error: Exception) -> str:

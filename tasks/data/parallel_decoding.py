@@ -10,7 +10,7 @@ from threading import Event
 from PIL import Image
 
 from tasks.data import image_decoding
-from tasks.data.image_decoding import Decoded
+from tasks.data.image_decoding import Decoded, Fit
 from tasks.data.samples import Sample
 
 _CHUNK = 64  # samples per unit of work
@@ -19,7 +19,9 @@ _CHUNK_BYTES = 2**23  # of their pixels, at most
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def decode_in_order(samples: list[Sample], size: int, threads: int) -> Generator[Decoded | str, None, None]:
+def decode_in_order(
+    samples: list[Sample], size: int, threads: int, fit: Fit = "stretch"
+) -> Generator[Decoded | str, None, None]:
     """For each sample, the decoded image, or the reason why it could not be decoded.
 
     Close the generator (contextlib.closing) when stopping early, so that the threads end.
@@ -28,7 +30,7 @@ def decode_in_order(samples: list[Sample], size: int, threads: int) -> Generator
     stop = Event()
 
     def decode(start: int) -> list[Decoded | str]:
-        return [_decode(sample, size) for sample in samples[start : start + step] if not stop.is_set()]
+        return [_decode(sample, size, fit) for sample in samples[start : start + step] if not stop.is_set()]
 
     pool = ThreadPoolExecutor(threads)
     pending: deque[Future[list[Decoded | str]]] = deque()
@@ -46,9 +48,9 @@ def decode_in_order(samples: list[Sample], size: int, threads: int) -> Generator
             pool.shutdown(cancel_futures=True)
 
 
-def _decode(sample: Sample, size: int) -> Decoded | str:
+def _decode(sample: Sample, size: int, fit: Fit) -> Decoded | str:
     try:
         with sample.open() as image:
-            return image_decoding.decode(image, size)
+            return image_decoding.decode(image, size, fit)
     except Exception as error:  # decoders raise all kinds of errors for damaged files
         return image_decoding.reason(error)

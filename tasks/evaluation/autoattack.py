@@ -84,6 +84,8 @@ class _FilteredModel(nn.Module):
         queried = x_adv if whole else x_adv[self.robust]
         logits = at_least_fp32(self.model(queried))
         output = logits if whole else self.constant.index_put((self.robust,), logits)
+        if x_adv.requires_grad and not output.requires_grad:  # a model that autograd cannot follow
+            output = output + 0.0 * x_adv.sum()
         misclassified = logits.argmax(1) != self.y[self.robust]
         if misclassified.any():
             with torch.no_grad():

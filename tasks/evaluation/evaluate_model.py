@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from d2r_core import distributed, runtime
 from d2r_core.attacks.config import EvaluationConfig
-from d2r_core.attacks.run import AttackResult, cascade
+from d2r_core.attacks.run import AttackCost, AttackResult, cascade
 from d2r_core.data import Split, balanced_order
 from d2r_core.evaluation.evaluate_model import attack_figures, figure, run_attacks, standard_attacks, worst_figure
 from tasks.config.settings import Evaluate
@@ -22,6 +22,7 @@ class ModelFigures(NamedTuple):
 
     figures: dict[str, dict[str, Any]]  # by attack, as in robustness.json
     examples: pd.DataFrame  # attack, index, label, prediction, margin, correct, distance
+    costs: dict[str, AttackCost]  # by attack, without clean and worst
 
 
 def evaluation_config(
@@ -72,19 +73,23 @@ def evaluate_model(
     plan = [Step(attack.name, len(split), attack.passes) for attack in standard_attacks(config).values()]
     plan += [Step(attack.name, len(subset), attack.passes) for attack in attacks if len(subset)]
     with Progress(description, model, plan, show=distributed.rank() == 0) as progress:
-        results = run_attacks(model, split, config, begin=progress.begin)
+        costs: dict[str, AttackCost] = {}
+        results = run_attacks(model, split, config, begin=progress.begin, costs=costs)
         figures = attack_figures(results, split.labels, classes, config)
         examples = [_examples(key, result, split.labels, torch.arange(len(split))) for key, result in results.items()]
         if len(subset):
             part, cached = split.take(subset), config.cached_in("autoattack")
-            result, robust_after = cascade(model, part, attacks, cached, image_ids=subset, begin=progress.begin)
+            cost = costs["autoattack"] = AttackCost()
+            result, robust_after = cascade(
+                model, part, attacks, cached, image_ids=subset, begin=progress.begin, cost=cost
+            )
             described = _autoattack(settings, robust_after, len(subset))
             figures["autoattack"] = figure(described, result.correct(part.labels), part.labels, classes, config)
             examples.append(_examples("autoattack", result, part.labels, subset))
             if len(subset) == len(split):
                 results["autoattack"] = result
     figures["worst"] = worst_figure(results.values(), split.labels, classes, config)
-    return ModelFigures(figures, pd.concat(examples, ignore_index=True))
+    return ModelFigures(figures, pd.concat(examples, ignore_index=True), costs)
 
 
 def _examples(key: str, result: AttackResult, labels: Tensor, image_ids: Tensor) -> pd.DataFrame:

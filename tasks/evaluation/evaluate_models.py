@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,14 +210,20 @@ def _model_figures(
     evaluated: LoadedModel, attacked: _AttackedModel, checks: list[SelfCheck], classes: int
 ) -> dict[str, Any]:
     """A model's part of robustness.json."""
+    median = attacked.eps_curve.median_perturbation()
     return {
         "architecture": evaluated.metadata["architecture"],
         "weights_sha256": evaluated.metadata["weights_sha256"],
         "attacks": attacked.attacks.figures,
+        "costs": {key: asdict(cost) for key, cost in attacked.attacks.costs.items()},
         "checks": [
             {"key": check.key, "name": check.name, "passed": check.passed, "found": check.detail} for check in checks
         ],
-        "curves": {"eps": attacked.eps_curve.points, "steps": attacked.steps_curve.points},
+        "curves": {
+            "eps": attacked.eps_curve.points,
+            "steps": attacked.steps_curve.points,
+            "median_perturbation": median and median._asdict(),
+        },
         "confusion": {"attack": "pgd", "counts": _confusion(attacked.attacks.examples, classes)},
     }
 

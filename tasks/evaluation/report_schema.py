@@ -60,11 +60,28 @@ class StepsPoint(Accuracy):
     steps: int
 
 
+class MedianPerturbation(_Schema):
+    """The median over the images of the smallest perturbation that misleads the model, from the curve against eps."""
+
+    value: float
+    above: float  # the radii of the curve between which it is interpolated
+    at_most: float
+
+
 class Curves(_Schema):
     """Accuracy under PGD, ascending in what it is drawn against."""
 
     eps: tuple[EpsPoint, ...]
     steps: tuple[StepsPoint, ...]
+    median_perturbation: MedianPerturbation | None = None  # None: beyond the curve
+
+
+class AttackCost(_Schema):
+    """What an attack took to make its images, on all processes together; the passes are those of single images."""
+
+    forward_passes: int
+    backward_passes: int
+    seconds: float
 
 
 class SelfCheck(_Schema):
@@ -104,6 +121,7 @@ class EvaluatedModel(_Schema):
     architecture: dict[str, Any]  # as models.build takes it
     weights_sha256: str
     attacks: Annotated[dict[str, AttackFigures], _holds("clean", "pgd", "worst")]  # "autoattack" where it was run
+    costs: dict[str, AttackCost] = {}  # by the keys of `attacks`, without "clean" and "worst"
     checks: tuple[SelfCheck, ...]
     curves: Curves
     confusion: Confusion
@@ -133,6 +151,7 @@ class RobustnessReport(_Schema):
     models: Annotated[dict[str, EvaluatedModel], _holds("target")]  # and "guidance", where a chain was evaluated
     settings_hash: str  # of the seed and the section `evaluate`
     checkpoint: str | None = None  # as `d2r evaluate` was given it; None for a chain's own models
+    warnings: tuple[str, ...] = ()  # sentences about the target, such as an accuracy near chance
 
     @classmethod
     def read(cls, path: Path) -> "RobustnessReport":

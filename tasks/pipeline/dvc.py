@@ -61,6 +61,16 @@ def status(paths: Paths) -> dict[str, Any]:
     return changed
 
 
+def outdated_inputs(stage: str, paths: Paths) -> list[str]:
+    """The stages before `stage`, in their order, that are not up to date."""
+    before, producers = {stage}, upstream(paths)
+    for name in reversed(order(paths)):
+        if name in before:
+            before |= producers[name]
+    changed = status(paths)
+    return [name for name in order(paths) if name in before - {stage} and name in changed]
+
+
 def recorded(paths: Paths) -> set[str]:
     """The stages with a successful run in `dvc.lock`."""
     if not paths.dvc_lock.is_file():
@@ -99,17 +109,8 @@ def reproduce(stage: str, paths: Paths, log: Callable[[str], None]) -> StageResu
         raise UserError(f"there is no stage {stage!r}.{hint} The stages are: {', '.join(order(paths))}.")
     # Both checks come before DVC, which deletes the outs before it detects these errors.
     _check_inputs(stage, stages, settings_file.load(paths.params), paths)
-    running = True
-
-    def relay(line: str) -> None:
-        nonlocal running
-        # After the stage, DVC only prints advice about git, once per stage.
-        running = running and line not in ("Generating lock file 'dvc.lock'", "Updating lock file 'dvc.lock'")
-        if running:
-            log(line)
-
     try:
-        code, lines = _execute(["repro", "--single-item", stage], paths, relay, terminal=sys.stderr.isatty())
+        code, lines = _execute(["repro", "--single-item", stage], paths, _of_stage(log), terminal=sys.stderr.isatty())
     except BaseException:
         log(f"stage {stage!r} was interrupted.{_restore(stage, paths)}".replace("\n", " "))
         raise
@@ -123,6 +124,39 @@ def reproduce(stage: str, paths: Paths, log: Callable[[str], None]) -> StageResu
     # A stage that fails with all its outs written intends them to be read: the reports of a failed validation.
     complete = all((paths.root / out).exists() for out in outs(stages[stage]))
     raise UserError(f"stage {stage!r} failed: {error}{'' if complete else _restore(stage, paths)}")
+
+
+def run_again(stage: str, paths: Paths, log: Callable[[str], None]) -> None:
+    """Run one stage, whatever DVC considers up to date, and without its cache of runs. The outs are deleted first.
+
+    Raises:
+        BusyError: another DVC process is working on the same files.
+        UserError: an input or the stage itself failed; contains the last output of the stage.
+    """
+    arguments = ["repro", "--single-item", "--force", stage]
+    code, lines = _execute(arguments, paths, _of_stage(log), terminal=sys.stderr.isatty())
+    if code:
+        error = _error(lines)
+        raise error if isinstance(error, BusyError) else UserError(f"stage {stage!r} failed: {error}")
+
+
+def dvc_file(path: str, paths: Paths) -> str | None:
+    """The `.dvc` file that tracks `path` or a folder above it; None if there is none."""
+    candidates = [f"{each}.dvc" for each in (PurePosixPath(path), *PurePosixPath(path).parents) if each.name]
+    return next((candidate for candidate in candidates if (paths.root / candidate).is_file()), None)
+
+
+def _of_stage(log: Callable[[str], None]) -> Callable[[str], None]:
+    """`log` for the lines of the stage alone: after it, DVC only prints advice about git, once per stage."""
+    running = True
+
+    def relay(line: str) -> None:
+        nonlocal running
+        running = running and line not in ("Generating lock file 'dvc.lock'", "Updating lock file 'dvc.lock'")
+        if running:
+            log(line)
+
+    return relay
 
 
 def _stages(paths: Paths) -> dict[str, dict[str, Any]]:
@@ -151,31 +185,25 @@ def _check_inputs(stage: str, stages: dict[str, dict[str, Any]], settings: Setti
             raise UserError(
                 f"stage {stage!r} needs {path}, which stage {producer!r} produces: run `d2r stage {producer}` first."
             )
-        if dvc_file := _dvc_file(path, paths):
-            _pull(dvc_file, path, paths)
+        if record := dvc_file(path, paths):
+            _pull(record, path, paths)
             continue
         key = re.search(r"\$\{(.+?)\}", dep)
         where = f"params.yaml: {key[1]} is {path!r}" if key else f"stage {stage!r} needs {path}"
         raise UserError(f"{where}, which does not exist.")
 
 
-def _dvc_file(path: str, paths: Paths) -> str | None:
-    """The `.dvc` file that tracks `path` or a folder above it; None if there is none."""
-    candidates = [f"{each}.dvc" for each in (PurePosixPath(path), *PurePosixPath(path).parents) if each.name]
-    return next((candidate for candidate in candidates if (paths.root / candidate).is_file()), None)
-
-
-def _pull(dvc_file: str, path: str, paths: Paths) -> None:
+def _pull(record: str, path: str, paths: Paths) -> None:
     """Fetch missing data that DVC tracks from the cache or the remote."""
     try:
-        run_dvc(["pull", dvc_file], paths)
+        run_dvc(["pull", record], paths)
     except BusyError:
         raise
     except UserError as error:
         reason = str(error).partition("\n")[0]
         details = "" if "Checkout failed" in reason else f" DVC's message: {reason}"
         raise UserError(
-            f"{path}: is tracked by DVC ({dvc_file}), but neither the local cache nor the remote has its content. Run "
+            f"{path}: is tracked by DVC ({record}), but neither the local cache nor the remote has its content. Run "
             f"`dvc push` where the data is available, or configure the remote (`dvc remote add -d`).{details}"
         ) from None
 

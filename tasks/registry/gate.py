@@ -49,6 +49,7 @@ def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
         rules = [
             *_floors(settings, robustness),
             _above_chance(examples, len(challenger.metadata["classes"])),
+            gate_rules.training(bool(challenger.metadata["collapsed"])),
             *gate_rules.self_checks(robustness.target.checks),
             _data_validation(client, paths, challenger.version, folder),
             *comparison.rules,

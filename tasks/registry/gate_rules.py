@@ -52,6 +52,16 @@ def above_chance(correct: int, images: int, classes: int) -> Rule:
     return Rule(name="above_chance", verdict=_verdict(passed), reason=reason, figures=figures)
 
 
+def training(collapsed: bool) -> Rule:
+    """A training that ended at chance has failed, even if an earlier checkpoint looks passable."""
+    reason = (
+        "In the last epochs of its training, the accuracy on unperturbed validation images was at chance."
+        if collapsed
+        else "Its training did not collapse."
+    )
+    return Rule(name="training", verdict=_verdict(not collapsed), reason=reason)
+
+
 def self_checks(checks: Sequence[SelfCheck]) -> list[Rule]:
     """Where the evaluation looked for reasons to distrust itself: the checks that failed or were skipped."""
     if not checks:

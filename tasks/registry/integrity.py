@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 TAG = "manifest_sha256"
 CONTENT = "data/model"  # the folder of a logged model with the files of this project
 # MLflow writes it into the copy of a client; with a local store, that is the stored model itself.
-_CLIENT_FILE = "registered_model_meta"
+CLIENT_FILE = "registered_model_meta"
 
 
 def write_manifest(folder: Path) -> Path:
@@ -78,13 +78,13 @@ def verify_loaded(folder: Path) -> None:
     import yaml
 
     expected, name = None, str(folder)
-    description = folder / _CLIENT_FILE
+    description = folder / CLIENT_FILE
     if mlflow.is_tracking_uri_set() and description.is_file():  # type: ignore[no-untyped-call]
         try:
             downloaded = yaml.safe_load(description.read_bytes())
             model, number = str(downloaded["model_name"]), str(downloaded["model_version"])
         except (yaml.YAMLError, KeyError, TypeError, ValueError):
-            raise UserError(_refusal(name, f"{_CLIENT_FILE} is damaged")) from None
+            raise UserError(_refusal(name, f"{CLIENT_FILE} is damaged")) from None
         version = mlflow.MlflowClient().get_model_version(model, number)
         expected, name = version.tags.get(TAG), f"{model} version {number}"
     verify_folder(folder, expected, name)
@@ -121,7 +121,7 @@ def _read_manifest(path: Path, sha256: str | None, name: str) -> dict[str, str]:
 def _hashes(folder: Path) -> dict[str, str]:
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: files.sha256(path) for name, path in names.items() if name not in (MANIFEST, _CLIENT_FILE)}
+    return {name: files.sha256(path) for name, path in names.items() if name not in (MANIFEST, CLIENT_FILE)}
 
 
 def _refusal(name: str, reason: str) -> str:

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,8 @@ from tasks.config.credentials import redact
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Identity, RobustnessReport
+from tasks.registry import integrity, onnx_export, provenance_files, recorded_examples, training_images
+from tasks.registry.provenance import PrefectRun
 from tasks.tracking import metric_uploader, runs
 from tasks.tracking.lineage import Lineage
 
@@ -31,7 +35,12 @@ class LoggedModel(NamedTuple):
 
 
 def log_evaluated_model(
-    client: "MlflowClient", settings: Settings, paths: Paths, metadata: dict[str, Any], robustness: RobustnessReport
+    client: "MlflowClient",
+    settings: Settings,
+    paths: Paths,
+    metadata: dict[str, Any],
+    robustness: RobustnessReport,
+    prefect_run: PrefectRun | None,
 ) -> LoggedModel:
     """Log the evaluated target model to the run that trained it.
 
@@ -40,17 +49,33 @@ def log_evaluated_model(
 
     Args:
         metadata: the target checkpoint's JSON.
+        prefect_run: the flow run that registers the model, if there is one.
+
+    Raises:
+        UserError: the weights are damaged, or their export to ONNX fails. No model is logged then.
     """
-    from tasks.registry import integrity, servable  # which imports MLflow
+    from tasks.registry import servable  # which imports MLflow
 
     model, _ = checkpoint.load(paths.target, torch.device("cpu"))  # nothing is logged of damaged weights
     run_id = _training_run(client, settings, paths, metadata)
     complete(client, run_id, paths.train_history)
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
+    client.set_tag(run_id, "collapsed", str(metadata["collapsed"]).lower())
     _log_figures(client, run_id, robustness)
-    _log_files(client, run_id, paths, str(evaluation_folder(robustness.identity)))
-    model_id = servable.log_model(run_id, paths, model, metadata)
+    run_folder = str(evaluation_folder(robustness.identity))
+    _log_files(client, run_id, paths, run_folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        content = Path(temporary) / Path(integrity.CONTENT).name
+        content.mkdir()
+        for path in (paths.target, checkpoint.metadata_path(paths.target), paths.robustness, paths.examples):
+            shutil.copy(path, content)
+        training_images.write(paths, content)
+        recorded_examples.write(paths, model, content)
+        if settings.promote.onnx:
+            onnx_export.write(model, list(metadata["classes"]), content)
+        provenance_files.write(paths, content, run_folder, prefect_run)
+        model_id = servable.log_model(run_id, content, metadata)
     return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
 
 

@@ -6,12 +6,10 @@ module of the installed package. Nothing is unpickled, and the files are compare
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -24,8 +22,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from torch import nn
 
 from d2r_core import checkpoint, data
-from tasks.config.paths import Paths
-from tasks.registry import integrity, recorded_examples, training_images
+from tasks.registry import integrity
 
 MAX_IMAGES = 1024  # of one request
 _BATCH = 128  # bounds the memory for activations
@@ -118,11 +115,11 @@ def _load_pyfunc(path: str) -> ServedModel:
     return ServedModel(model, described["classes"], described["architecture"]["image_size"])
 
 
-def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[str, Any]) -> str:
-    """Log the evaluated target model to a run as "model", with its manifest; returns MLflow's id of the logged model.
+def log_model(run_id: str, content: Path, described: Mapping[str, Any]) -> str:
+    """Log the evaluated target model to a run as "model"; returns MLflow's id of the logged model.
 
     Args:
-        model: in eval mode, on the CPU.
+        content: the folder of this project's files, which is named as the last part of `integrity.CONTENT`.
         described: the checkpoint's JSON.
     """
     from mlflow.models import Model, ModelSignature
@@ -137,15 +134,9 @@ def log_model(run_id: str, paths: Paths, model: nn.Module, described: Mapping[st
     begun = mlflow.initialize_logged_model(
         "model", source_run_id=run_id, experiment_id=run.info.experiment_id, params=run.data.params
     )
-    with TemporaryDirectory() as temporary, warnings.catch_warnings():
+    with warnings.catch_warnings():
         # MLflow would load the model to try an example, and it has no manifest yet.
         warnings.filterwarnings("ignore", ".*An input example was not provided")
-        content = Path(temporary) / Path(integrity.CONTENT).name
-        content.mkdir()
-        for source in (paths.target, checkpoint.metadata_path(paths.target), paths.robustness, paths.examples):
-            shutil.copy(source, content)
-        training_images.write(paths, content)
-        recorded_examples.write(paths, model, content)
         logged = Model.log(
             artifact_path=None,  # deprecated, but without a default
             model_id=begun.model_id,

@@ -17,6 +17,7 @@ from tasks.evaluation.report_schema import RobustnessReport
 from tasks.registry import history, integrity, model_logging, version_files
 from tasks.registry.lock import registry_lock
 from tasks.registry.model_logging import LoggedModel
+from tasks.registry.provenance import PrefectRun
 from tasks.registry.status import newest_version
 from tasks.tracking import connection, errors
 from tasks.tracking.uri import public_uri
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def register(settings: Settings, paths: Paths) -> int:
+def register(settings: Settings, paths: Paths, prefect_run: PrefectRun | None = None) -> int:
     """Register the evaluated target model and make it @challenger; returns its version.
 
     Figures, files and the servable model go to the run that trained it, or, where this server does not know that
     run, to a new one made from the files. The version is created last: a failure before leaves none. A model that is
     registered already, with the same identity, keeps its version. One process at a time registers: see `lock`. The
     history gets the move of the alias.
+
+    Args:
+        prefect_run: the flow run that registers it, if there is one, for the provenance.
 
     Raises:
         UserError: an artifact is missing, the artifacts do not belong together, or the files of the version that is
@@ -43,7 +47,7 @@ def register(settings: Settings, paths: Paths) -> int:
     with connect(settings, paths) as client, registry_lock(client, name):
         registered = newest_version(client, name, robustness.identity)
         if registered is None or integrity.TAG not in registered.tags:  # an older release wrote no manifest
-            logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness)
+            logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness, prefect_run)
             version = _create_version(client, name, logged, _tags(metadata, robustness))
         else:
             integrity.verify(registered)
@@ -156,6 +160,7 @@ def _tags(metadata: dict[str, Any], robustness: RobustnessReport) -> dict[str, s
         "git_commit": metadata["git_commit"],
         "git_dirty": str(metadata["git_dirty"]).lower(),
         "settings_hash": metadata["settings_hash"],
+        "collapsed": str(metadata["collapsed"]).lower(),
         "clean_accuracy": str(attacks["clean"].accuracy),
         "robust_accuracy": str(attacks["worst"].accuracy),
         "eps": str(attacks["worst"].eps),

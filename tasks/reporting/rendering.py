@@ -100,8 +100,12 @@ def name(architecture: Mapping[str, Any]) -> str:
     match architecture["name"]:
         case "wide_resnet":
             return f"WideResNet-{architecture['depth']}-{architecture['widen_factor']}"
+        case "dm_wide_resnet":
+            return f"WideResNet-{architecture['depth']}-{architecture['widen_factor']} ({architecture['activation']})"
         case "preact_resnet18":
             return "PreActResNet-18"
+        case "dm_preact_resnet18":
+            return f"PreActResNet-18 ({architecture['activation']})"
         case "resnet18" if "strides" in architecture:
             strides = ", ".join(map(str, architecture["strides"]))
             return f"ResNet-18 (width {architecture.get('width', 64)}, strides {strides})"

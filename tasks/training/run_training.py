@@ -15,18 +15,22 @@ import torch
 from torch import nn
 
 from d2r_core import checkpoint, distributed, files, models, runtime
+from d2r_core.attacks import Clean
 from d2r_core.attacks.run import Attack
 from d2r_core.data import Split, load_split
 from d2r_core.training.checkpointer import Checkpointer
 from d2r_core.training.config import Averaging, TrainingConfig, WeightPerturbation
 from d2r_core.training.methods import TrainingMethod
-from d2r_core.training.trainer import BestCheckpoint, Trainer
+from d2r_core.training.trainer import BestCheckpoint, Logger, Trainer
 from tasks.config.paths import Paths
 from tasks.config.settings import Pretrain, Settings, Train
 from tasks.config.stage_code import stage_code
 from tasks.data.manifest import read_manifest
 from tasks.tracking import runs
+from tasks.tracking.environment import current_environment
 from tasks.tracking.lineage import current_lineage
+from tasks.tracking.source_code import read_source_code
+from tasks.training.collapse import CollapseWatch
 from tasks.training.metrics_log import MetricsLog
 
 
@@ -52,6 +56,7 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
     every process calls it; rank 0 writes.
     """
     manifest = read_manifest(paths)
+    code = read_source_code(paths)  # now: the files may change while the training runs
     architecture = {
         **job.section.architecture.model_dump(),
         "num_classes": len(manifest["classes"]),
@@ -63,10 +68,12 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
         is_first = distributed.rank() == 0
         splits = _load_splits(paths, device)
         log = MetricsLog(job.stage, job.section.epochs, state_folder / "metrics.jsonl", show=is_first)
-        trainer = _trainer(settings, job, architecture, splits, device, log)
+        watch = CollapseWatch(log, _clean_accuracy(job), images=len(splits[1]), classes=len(manifest["classes"]))
+        trainer = _trainer(settings, job, architecture, splits, device, watch)
         checkpointer = Checkpointer(state_folder, settings.runtime.save_minutes)
         with runs.training_run(settings, paths, job.stage, log.path) if is_first else runs.silent() as run:
             best = trainer.fit(checkpointer, settings.runtime.max_minutes)
+        environment = current_environment(paths, device, settings.runtime.precision)
     if is_first:
         metadata = {
             "architecture": architecture,
@@ -74,8 +81,12 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
             "image_range": [0.0, 1.0],
             "metrics": {"epoch": best.epoch, **best.metrics},
             "last_metrics": {"epoch": job.section.epochs, **best.last_metrics},
+            "collapsed": watch.collapsed(),
             "seed": settings.seed,
-            **dataclasses.asdict(current_lineage(settings, paths)),
+            **dataclasses.asdict(current_lineage(settings, paths, code)),
+            "git_diff": code.diff,
+            "git_diff_redacted": code.diff_redacted,
+            "environment": environment.model_dump(),
             "mlflow_run_id": run.id,
         }
         _write_history(job, log)
@@ -95,7 +106,7 @@ def _trainer(
     architecture: Mapping[str, Any],
     splits: tuple[Split, Split],
     device: torch.device,
-    log: MetricsLog,
+    logger: Logger,
 ) -> Trainer:
     """The job's model in its method, compiled as the settings say, with all that its training needs."""
     runtime.set_precision(settings.runtime.precision)
@@ -109,8 +120,13 @@ def _trainer(
         device=device,
         validation_attacks=job.validation_attacks,
         select_by=job.select_by,
-        logger=log,
+        logger=logger,
     )
+
+
+def _clean_accuracy(job: TrainingJob) -> str:
+    """The name of the accuracy on unperturbed images."""
+    return next(name for name, attack in job.validation_attacks.items() if isinstance(attack, Clean))
 
 
 def _load_splits(paths: Paths, device: torch.device) -> tuple[Split, Split]:

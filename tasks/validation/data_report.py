@@ -121,7 +121,7 @@ def _mean(total: Tensor, count: int) -> str | None:
 def _offenders(finding: Finding, images: pd.DataFrame, splits: Mapping[str, Split]) -> list[dict[str, Any]]:
     """The offenders of a finding with their images and, if there is another image involved, that image too."""
     rows = []
-    for offender in finding.offenders:
+    for offender in finding.listed:
         others = [value for key, value in offender.values.items() if key in _OTHER_IMAGE]
         others += [offender.values[key].rpartition(" (")[0] for key in ("also_labelled",) if key in offender.values]
         pictures = [picture for name in (offender.name, *others) if (picture := _find(name, images, splits))]

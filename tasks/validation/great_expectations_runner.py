@@ -19,7 +19,7 @@ os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when the package is importe
 _RUN_TIME = datetime(1970, 1, 1, tzinfo=UTC)  # in the Data Docs; see _make_reproducible
 _TIME = re.compile(r"\d{8}T\d{6}\.\d{6}Z")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_MAX_OFFENDERS = 10  # listed in a finding
+_MAX_LISTED = 10  # offenders of a finding in messages and pages
 _SEVERITIES = {"error": "critical", "warning": "warning"}  # ours -> Great Expectations'
 
 Severity = Literal["error", "warning"]  # what stops the pipeline: validate.stop_on
@@ -56,8 +56,18 @@ class Finding:
     ok: bool
     severity: Severity
     why: str
-    offenders: list[Offender]  # the first few
-    more: int  # further offenders
+    table: str  # the name of the table that was checked
+    offenders: list[Offender]  # all, even if few enough of them are allowed
+
+    @property
+    def listed(self) -> list[Offender]:
+        """The first offenders, for messages and pages."""
+        return self.offenders[:_MAX_LISTED]
+
+    @property
+    def more(self) -> int:
+        """How many offenders are not listed."""
+        return len(self.offenders) - len(self.listed)
 
 
 def run_expectations(
@@ -103,18 +113,18 @@ def run_expectations(
         # Great Expectations silently drops an expectation that it does not know.
         assert len(result.results) == len(expectations[name]), "not every expectation ran"
         results = {entry.expectation_config.description: entry for entry in result.results if entry.expectation_config}
-        findings += [_finding(each, results[each.gx.description], table) for each in expectations[name]]
+        findings += [_finding(each, results[each.gx.description], name, table) for each in expectations[name]]
     context.build_data_docs()
     _make_reproducible(docs)
     return findings
 
 
-def _finding(expectation: Expectation, validation: "ExpectationValidationResult", table: pd.DataFrame) -> Finding:
-    def finding(
-        observed: str, ok: bool, severity: Severity, offenders: Sequence[Offender] = (), more: int = 0
-    ) -> Finding:
+def _finding(
+    expectation: Expectation, validation: "ExpectationValidationResult", name: str, table: pd.DataFrame
+) -> Finding:
+    def finding(observed: str, ok: bool, severity: Severity, offenders: Sequence[Offender] = ()) -> Finding:
         what, allowed, why = expectation.what, expectation.allowed, expectation.why
-        return Finding(what, observed, allowed, ok, severity, why, list(offenders), more)
+        return Finding(what, observed, allowed, ok, severity, why, name, list(offenders))
 
     result, success = validation.result, bool(validation.success)
     errors = _errors(validation.exception_info or {})
@@ -130,9 +140,9 @@ def _finding(expectation: Expectation, validation: "ExpectationValidationResult"
     key = table.columns[0]
     offenders = [
         Offender(str(row[key]), {name: value for name, value in row.items() if name != key})
-        for row in result["unexpected_index_list"][:_MAX_OFFENDERS]
+        for row in result["unexpected_index_list"]
     ]
-    return finding(observed, success, expectation.severity, offenders, count - len(offenders))
+    return finding(observed, success, expectation.severity, offenders)
 
 
 def _errors(info: Mapping[str, Any]) -> list[str]:

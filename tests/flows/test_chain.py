@@ -18,6 +18,7 @@ from project import SHARED, clean_environment, commit, copy_project, git
 from tasks import prepare, pretrain, train
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
+from tasks.registry.provenance import Provenance
 
 pytestmark = pytest.mark.slow
 
@@ -148,6 +149,12 @@ def test_the_version_has_its_lineage(project: Project) -> None:
     assert ("champion" in aliases) == (tags["gate"] == "passed")
     assert project.json("reports/decision.json")["passed"] == (tags["gate"] == "passed")
     assert "challenger" in aliases
+    (file,) = (project.root / "mlruns").rglob("provenance.json")
+    provenance = Provenance.read(file.parent, "version 1")
+    assert provenance.prefect_run
+    assert provenance.prefect_run.name.startswith("retrain ")
+    assert provenance.training.code == provenance.registration.code
+    assert provenance.training.environment == provenance.registration.environment
 
 
 def test_metrics_and_plots_can_be_shown(project: Project) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ from tasks.pipeline import dvc
 from tasks.registry import status
 from tasks.registry.status import RegistryStatus
 
-COMMANDS = ("run", "stage", "evaluate", "use", "status")
+COMMANDS = (
+    *("run", "stage", "evaluate", "use", "status"),
+    *("approve", "promote", "rollback", "release", "models", "history", "lineage", "reproduce", "gc"),
+)
 
 
 @pytest.fixture
@@ -41,6 +45,12 @@ def failure(*arguments: str, cwd: Path) -> str:
     assert process.stderr.startswith("error: ")
     assert "Traceback" not in process.stdout + process.stderr
     return process.stderr
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    process = d2r("--version", cwd=tmp_path)
+
+    assert (process.returncode, process.stdout) == (0, f"d2r {metadata.version('d2r')}\n")
 
 
 def test_help_shows_every_command_and_imports_nothing_heavy(tmp_path: Path) -> None:
@@ -67,6 +77,14 @@ def test_a_stage_runs_and_is_then_up_to_date(project: Path) -> None:
     assert first.returncode == again.returncode == 0
     assert "second: one\nsecond: two\nsecond: a warning\nsecond: three\nstage second: ran\n" in first.stdout
     assert again.stdout.endswith("stage second: up to date\n")
+
+
+def test_a_stage_after_one_that_is_not_up_to_date_says_so(project: Path) -> None:
+    assert "It used" not in d2r("stage", "second", cwd=project).stdout
+    (project / "input.txt").write_text("changed ")
+    output = d2r("stage", "second", cwd=project).stdout
+    assert "stage second: up to date" in output
+    assert "It used earlier results of first, not up to date with the present files and params.yaml" in output
 
 
 def test_a_failed_stage_is_one_message(project: Path) -> None:

@@ -27,7 +27,13 @@ from tasks.evaluation.report_schema import AttackFigures, RobustnessReport
 
 pytestmark = pytest.mark.slow
 
-ARCHITECTURE = {"name": "wide_resnet", "num_classes": 10, "image_size": 8, "depth": 10, "widen_factor": 1}
+ARCHITECTURE: dict[str, Any] = {
+    "name": "wide_resnet",
+    "num_classes": 10,
+    "image_size": 8,
+    "depth": 10,
+    "widen_factor": 1,
+}
 OPTIONS = ["--architecture", "wide_resnet", "--depth", "10", "--widen-factor", "1"]
 
 
@@ -62,6 +68,10 @@ def test_a_published_checkpoint_and_our_own_give_the_same_figures(folder: Path) 
     theirs = evaluate("--checkpoint", "theirs.pt", *OPTIONS, "--out", "b", "--eps", "0.2", "--steps", "3")
     assert theirs.exit_code == 0, theirs.exception
     assert attacks("a") == attacks("b")
+    target = RobustnessReport.read(Path("a/robustness.json")).target
+    assert list(target.costs) == ["fgsm", "pgd", "cw"]
+    assert target.curves.median_perturbation is not None
+    assert f"median minimal perturbation (Linf) {target.curves.median_perturbation.value:.5g}" in ours.stdout
     pgd = attacks("a")["pgd"]
     assert (pgd.eps, pgd.steps, pgd.images) == (0.2, 3, 10)
     assert pgd.step_size == pytest.approx(0.05 * 0.2 / digits.EPS)
@@ -77,6 +87,8 @@ def save_wrong_files() -> None:
     torch.save(digits.state(), "right.pt")
     torch.save(models.build("wide_resnet", num_classes=7, image_size=8, depth=10, widen_factor=1).state_dict(), "7.pt")
     torch.save({"state_dict": digits.state(), "made_by": Path("x")}, "pickle.pt")
+    torch.save({"model": digits.state(), "ema": digits.state()}, "two.pt")
+    checkpoint.save(Path("ours.safetensors"), digits.model(), {"architecture": ARCHITECTURE})
     torch.save({"epoch": 3}, "empty.pt")
     Path("text.pt").write_text("weights")
 
@@ -89,7 +101,26 @@ def save_wrong_files() -> None:
         (["empty.pt", *OPTIONS], r"empty\.pt: holds no weights"),
         (["pickle.pt", *OPTIONS], r"it is a pickle that asks for pathlib\.\w+, and code from a file is never run"),
         (["7.pt", *OPTIONS], r"7\.pt: has 7 classes, not 10 as the data has"),
-        (["right.pt", "--architecture", "preact_resnet18"], r"does not fit PreActResNet18: it lacks layer1\.0"),
+        (
+            ["right.pt", "--architecture", "preact_resnet18", "--shortcut-from", "input"],
+            r"does not fit PreActResNet18: it lacks layer1\.0",
+        ),
+        (["right.pt", "--architecture", "preact_resnet18"], r"preact_resnet18 needs --shortcut-from \(activated as in"),
+        (["right.pt", "--architecture", "resnet18"], r"resnet18 needs --strides \(1,2,2,2 as in TRADES"),
+        (
+            ["right.pt", "--architecture", "dm_preact_resnet18"],
+            r"dm_preact_resnet18 needs --activation and --normalize \(or --mean and --std\)",
+        ),
+        (["right.pt", *OPTIONS, "--activation", "silu"], r"wide_resnet has no --activation"),
+        (["right.pt", *OPTIONS, "--mean", "0.5,0.5,0.5"], r"--mean and --std together, or by --normalize NAME"),
+        (["right.pt", *OPTIONS, "--mean", "125,123,114", "--std", "1,1,1"], r"--mean 125,123,114: write three numbers"),
+        (["right.pt", *OPTIONS, "--mean", "0,0,0", "--std", "1,1,0"], r"--std 1,1,0: must be above 0"),
+        (["two.pt", *OPTIONS], r"two\.pt: holds 2 sets of weights: model, ema\. Say which one: --key NAME"),
+        (
+            ["ours.safetensors", "--normalize", "none", "--key", "ema"],
+            r"leave out --normalize \(or --mean and --std\) and --key",
+        ),
+        (["right.pt", *OPTIONS, "--expect-clean", "40"], r"--expect-clean 40: the clean accuracy is \d+\.\d+% \("),
         (["right.pt"], r"right\.pt: has no JSON beside it, so its architecture must be given: --architecture"),
         (["right.pt", "--architecture", "wide_resnet"], r"wide_resnet needs --depth and --widen-factor"),
         (["right.pt", *OPTIONS, "--width", "16"], r"wide_resnet has no --width"),
@@ -106,6 +137,95 @@ def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
     assert isinstance(refused.exception, UserError), refused.exception
     with pytest.raises(UserError, match=message):
         raise refused.exception
+
+
+@pytest.mark.parametrize(("options", "assumed"), [([], True), (["--normalize", "none"], False)])
+def test_what_is_assumed_of_a_checkpoint_is_said(options: list[str], assumed: bool) -> None:
+    save_wrong_files()
+    stopped = evaluate("--checkpoint", "right.pt", *OPTIONS, *options, "--expect-clean", "1")
+    assert "--expect-clean 1: the clean accuracy is" in str(stopped.exception)
+    assert ("assumed to take pixels in [0, 1] as they are" in stopped.stderr) == assumed
+
+
+def test_the_expected_clean_accuracy_lets_the_right_model_pass_alone(folder: Path) -> None:
+    """A model that was trained behind a normalisation fits without it, and is wrong."""
+    behind = {**digits.state(), "conv1.weight": digits.state()["conv1.weight"] * 0.1}  # images are divided by 0.1
+    torch.save({"model": digits.network().state_dict(), "ema": behind}, "theirs.pt")
+    options = ["--checkpoint", "theirs.pt", *OPTIONS, "--key", "ema", "--steps", "1", "--eps", "0.01", "--out", "out"]
+    normalization = {"mean": [0.0] * 3, "std": [0.1] * 3}
+    config = EvaluationConfig(batch_size=40, seed=0, device=torch.device("cpu"))
+    save_split(folder / "ten.safetensors", digits.unseen(200))
+    normalised = models.build(**ARCHITECTURE, normalization=normalization)
+    models.load_weights(normalised, folder / "theirs.pt", key="ema")
+    correct = run_attack(normalised, digits.unseen(200), Clean(), config).correct(digits.unseen(200).labels)
+    clean = 100 * float(correct.double().mean())
+    assert clean > 80
+
+    refused = evaluate(*options, "--normalize", "none", "--expect-clean", f"{clean:.2f}")
+    passed = evaluate(*options, "--mean", "0,0,0", "--std", "0.1,0.1,0.1", "--expect-clean", f"{clean:.2f}")
+
+    assert "so this is another model than the expected one" in str(refused.exception)
+    assert passed.exit_code == 0, passed.exception
+    assert attacks("out")["clean"].accuracy == clean / 100
+    report = RobustnessReport.read(Path("out/robustness.json"))
+    assert report.target.architecture["normalization"] == normalization
+    assert report.warnings == ()
+
+
+def test_an_accuracy_near_chance_is_a_warning(folder: Path) -> None:
+    """Weights that fit by name and shape, in the variant that they were not trained in."""
+    torch.manual_seed(0)
+    torch.save(models.build(**ARCHITECTURE).state_dict(), "untrained.pt")
+    save_split(folder / "ten.safetensors", digits.unseen(100))
+    options = [*OPTIONS, "--normalize", "none", "--steps", "1", "--eps", "0.01", "--out", "out"]
+    evaluated = evaluate("--checkpoint", "untrained.pt", *options)
+    assert evaluated.exit_code == 0, evaluated.exception
+    (warning,) = RobustnessReport.read(Path("out/robustness.json")).warnings
+    assert "near chance (10.00%): the model is hardly the one that it is taken for" in warning
+    assert f"warning: {warning}" in evaluated.stderr
+
+
+def test_a_claim_is_what_robustbench_reads(folder: Path) -> None:
+    prepared = folder / "prepared"
+    prepared.mkdir()
+    save_split(prepared / "test.safetensors", digits.unseen(10))
+    manifest = {"source": "cifar10", "classes": [str(label) for label in range(10)], "hash": "of the images"}
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    save_wrong_files()
+    options = [
+        "--checkpoint",
+        "right.pt",
+        *OPTIONS,
+        "--normalize",
+        "none",
+        "--write-claim",
+        "--steps",
+        "1",
+        "--out",
+        "out",
+    ]
+    refused = evaluate(*options, data="prepared")
+    elsewhere = evaluate(*options)
+    standard = ["--autoattack", "standard", "--autoattack-images", "10", "--eps", "64/255"]
+    claimed = evaluate(*options, *standard, data="prepared")
+
+    assert "on all test images: --autoattack standard --autoattack-images 10." in str(refused.exception)
+    assert "the data are ten.safetensors; RobustBench takes cifar10 and cifar100" in str(elsewhere.exception)
+    assert claimed.exit_code == 0, claimed.exception
+    figures = attacks("out")
+    assert json.loads(Path("out/claim.json").read_text()) == {
+        **dict.fromkeys(("link", "name", "authors", "additional_data", "venue", "reported")),
+        "number_forward_passes": 1,
+        "dataset": "cifar10",
+        "architecture": "WideResNet-10-1",
+        "eps": "64/255",
+        "clean_acc": f"{100 * figures['clean'].accuracy:.2f}",
+        "autoattack_acc": f"{100 * figures['autoattack'].accuracy:.2f}",
+        "unreliable": any(
+            check.passed is False for check in RobustnessReport.read(Path("out/robustness.json")).target.checks
+        ),
+        "footnote": "Evaluated on 10 test images.",
+    }
 
 
 def test_data_may_be_raw_images_of_a_test_split_alone(folder: Path) -> None:

@@ -152,5 +152,5 @@ def test_prefect_and_mlflow_record_a_run_without_it(
     assert PASSWORD not in "".join(capfd.readouterr())
     assert tables_with_password("prefect.flow-run.Completed") == set()
     files = [path for folder in (store, project / "reports") for path in folder.rglob("*") if path.is_file()]
-    assert [path.name for path in files].count("params.yaml") == 1
+    assert [path.name for path in files].count("params.yaml") == 2  # of the evaluation, and of the version
     assert not [path for path in files if PASSWORD.encode() in path.read_bytes()]

@@ -23,7 +23,7 @@ from d2r_core.attacks import PGD, Clean, cw, fgsm, norms, pgd
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.norms import Norm
 from d2r_core.attacks.pgd import LossName, Noise
-from d2r_core.attacks.run import Attack, AttackResult, run_attack
+from d2r_core.attacks.run import Attack, AttackCost, AttackResult, run_attack
 from d2r_core.data import to_float
 from d2r_core.interruption import Interrupted
 from tasks import evaluate, prepare
@@ -160,6 +160,29 @@ def test_finished_batches_are_not_attacked_again_and_a_damaged_one_is(tmp_path: 
     assert all(torch.equal(one, other) for one, other in zip(again, whole, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("attack", "forward", "backward"),
+    [
+        (fgsm(0.001), 3, 1),  # of an image that stays robust: clean, the step, its result
+        (PGD(eps=0.001, step_size=0.001, steps=3, restarts=2), 1 + 2 * 4, 2 * 3),
+        (PGD(eps=0.001, step_size=0.001, steps=3, any_iterate=False), 3, 3),
+        (Clean(), 0, 0),
+    ],
+)
+def test_the_passes_of_an_attack_are_counted(attack: Attack, forward: int, backward: int, tmp_path: Path) -> None:
+    model, split = digits.model(), digits.unseen(60)
+    correct = run_attack(model, split, Clean(), config()).correct(split.labels)
+    split = split.take(correct.nonzero().squeeze(1))
+    costs = [AttackCost(), AttackCost()]
+    for cost in costs:  # the second from the cache
+        run_attack(model, split, attack, config(batch_size=10, cache_folder=tmp_path), cost=cost)
+    assert costs[0] == costs[1]
+    assert costs[0].forward_passes == forward * len(split)
+    assert costs[0].backward_passes == backward * len(split)
+    assert (costs[0].seconds > 0) or forward == 0
+    assert not model._forward_hooks
+
+
 @pytest.fixture
 def project(tmp_path: Path, tiny_settings: Callable[..., Settings]) -> tuple[Settings, Paths]:
     """Prepared 8 x 8 digits, a model that has learned them as target, and one that has not as guidance."""
@@ -173,6 +196,7 @@ def project(tmp_path: Path, tiny_settings: Callable[..., Settings]) -> tuple[Set
     return settings, paths
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_is_continued_by_other_processes_to_the_same_figures(
     project: tuple[Settings, Paths],
 ) -> None:
@@ -199,16 +223,31 @@ def test_a_killed_evaluation_is_continued_by_other_processes_to_the_same_figures
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("target: clean") == 2, "the first process alone speaks: a line of progress, the figures"
     assert strip(paths.robustness.read_text()) == strip(figures)
+    # An image may be misclassified an iterate earlier or later where rounding differs.
+    assert costs(paths.robustness.read_text()) == pytest.approx(costs(figures), rel=0.05)
     pd.testing.assert_frame_equal(pd.read_parquet(paths.examples), examples, rtol=1e-3, atol=1e-3)
     assert not list(paths.state.iterdir())
 
 
 def strip(robustness: str) -> Any:
-    """The figures without the sentences, which round them."""
+    """The figures without the sentences, which round them, and without what they cost."""
     content = json.loads(robustness)
     for model in content["models"].values():
+        del model["costs"]
         model["checks"] = [(check["key"], check["passed"]) for check in model["checks"]]
     return content
+
+
+def costs(robustness: str) -> dict[str, int]:
+    """The passes of both models under each attack."""
+    models = json.loads(robustness)["models"]
+    assert all(cost["seconds"] > 0 for model in models.values() for cost in model["costs"].values())
+    return {
+        f"{name} {key} {passes}": cost[passes]
+        for name, model in models.items()
+        for key, cost in model["costs"].items()
+        for passes in ("forward_passes", "backward_passes")
+    }
 
 
 def test_an_interruption_says_that_it_can_be_continued(

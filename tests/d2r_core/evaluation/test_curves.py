@@ -100,3 +100,28 @@ def test_an_interrupted_curve_is_finished_with_the_same_figures(tmp_path: Path) 
     whole = curves.against_eps(model, split, replace(cached, cache_folder=None))
     assert resumed.points == whole.points
     assert torch.equal(resumed.smallest_eps, whole.smallest_eps)
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ((122, 107, 87), (0.025, 0.0, 0.025)),  # 0.022, 0.08 and 0.16 from the boundary, and one image wrong
+        ((255, 255), (0.5, 0.4, 0.8)),  # a third wrong, two thirds robust up to 0.5: half way in between
+        ((), (0.0, 0.0, 0.0)),
+    ],
+)
+def test_the_median_perturbation_is_where_half_of_the_images_are_left(
+    levels: tuple[int, ...], expected: tuple[float, float, float]
+) -> None:
+    curve = curves.against_eps(Brightness(), images(*levels), config(eps=0.1, step_size=0.025, steps=20))
+    median = curve.median_perturbation()
+    assert median == pytest.approx(expected)
+
+
+def test_a_model_that_no_radius_misleads_has_no_median_perturbation() -> None:
+    assert (
+        curves.EpsCurve(
+            [{"eps": 0.0, "accuracy": 1.0}, {"eps": 1.0, "accuracy": 0.75}], torch.empty(0)
+        ).median_perturbation()
+        is None
+    )

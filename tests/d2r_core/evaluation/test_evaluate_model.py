@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from project import ROOT
 from torch import Tensor, nn
 
 from d2r_core.attacks.config import EvaluationConfig
+from d2r_core.attacks.norms import Norm
 from d2r_core.evaluation import evaluate_model
 from d2r_core.evaluation.self_checks import SELF_CHECKS
 from d2r_core.evaluation.statistics import wilson
@@ -41,6 +43,9 @@ def test_any_module_gets_figures_curves_and_self_checks() -> None:
     assert (pgd["accuracy"], pgd["interval"], pgd["per_class"]) == (0.5, list(wilson(3, 6)), [0.5, 0.5, None])
     assert evaluation.eps_curve.robust(0.1).tolist() == [True, True, False, False, True, False]
     assert evaluation.steps_curve.robust.shape == (7, 6)
+    passes = {key: (cost.forward_passes, cost.backward_passes) for key, cost in evaluation.costs.items()}
+    assert passes["fgsm"] == (6 + 5 + 5, 5), "each image, the step from the five right ones, its result"
+    assert list(passes) == ["fgsm", "pgd", "cw"]
     checks = {check.key: check.passed for check in evaluation.self_checks}
     assert tuple(checks) == SELF_CHECKS
     assert {key for key, passed in checks.items() if passed is None} == {"black_box", "transfer"}
@@ -58,6 +63,42 @@ def test_float_images_are_the_same_as_their_bytes(tmp_path: Path) -> None:
     assert {folder.name for folder in tmp_path.iterdir()} == {"clean", "fgsm", "pgd", "cw", "curve", "checks"}
 
 
+class Detached(nn.Module):
+    """The same classes, from a copy of the images that autograd cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Brightness()(x.detach())
+
+
+class Unused(nn.Module):
+    """The same classes, beside a gradient that does not come from the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = [torch.zeros(3, requires_grad=True)]  # in a list: no parameter that could be frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Brightness()(x.detach()) + self.offset[0]
+
+
+class Classes(nn.Module):
+    """The class as a number, one hot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(Brightness()(x).argmax(1), 3).float()
+
+
+@pytest.mark.parametrize("model", [Detached(), Unused(), Classes()])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_outputs_without_a_gradient_are_a_failed_check(model: nn.Module, norm: Norm) -> None:
+    images, labels = flat(10, 110, 140, 250), torch.tensor([0, 0, 1, 1])
+    evaluation = evaluate_model(model, images, labels, replace(CONFIG, norm=norm))
+    checks = {check.key: check for check in evaluation.self_checks}
+    assert checks["gradients"].passed is False
+    assert "do not depend on the images in a way that autograd can follow" in checks["gradients"].detail
+    assert evaluation.figures["fgsm"]["correct"] == 4, "there is nowhere to go"
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
@@ -71,3 +112,12 @@ def test_float_images_are_the_same_as_their_bytes(tmp_path: Path) -> None:
 def test_images_and_labels_of_another_kind_are_refused(images: Tensor, labels: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_model(Brightness(), images, labels, CONFIG)
+
+
+def test_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Any module from Python")[2]
+    code = "\n".join(line[4:] for line in section.partition("\n### ")[0].splitlines() if line.startswith("    "))
+    exec(code, {"model": Brightness(), "images": flat(10, 110, 140, 250), "labels": torch.tensor([0, 0, 1, 1])})
+    printed = capsys.readouterr().out
+    assert "PGD-20 1.0 " in printed
+    assert "passed Gradients are neither zero nor NaN" in printed

@@ -1,13 +1,13 @@
 """The architectures agree with the published ones: names, shapes, logits."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reference_weights import fill, images
 from safetensors.torch import save_file
 
 from d2r_core import models
@@ -30,36 +30,14 @@ def build(case: str) -> torch.nn.Module:
     return models.build(num_classes=classes, image_size=size, **ARCHITECTURES[architecture])
 
 
-def fill(model: torch.nn.Module) -> None:
-    """The reference's rule for weights, in float64."""
-    state = model.state_dict()
-    for i, name in enumerate(sorted(key for key in state if not key.endswith("num_batches_tracked"))):
-        tensor = state[name]
-        s = torch.sin(0.37 * i + 0.013 * torch.arange(tensor.numel(), dtype=torch.float64)).reshape(tensor.shape)
-        if name.endswith("running_var"):
-            s = 1 + 0.5 * s**2
-        elif name.endswith("running_mean"):
-            s = 0.1 * s
-        elif tensor.ndim >= 2:
-            s = s * math.sqrt(2 / tensor[0].numel())
-        elif name.endswith("weight"):
-            s = 1 + 0.1 * s
-        else:
-            s = 0.1 * s
-        state[name] = s
-    model.load_state_dict(state)
-
-
 @pytest.mark.parametrize("case", KEYS)
 def test_names_shapes_and_logits_are_the_published_ones(case: str) -> None:
     with torch.device("cpu"):
         model = build(case).double().eval()
     assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == KEYS[case]
     fill(model)
-    size = SIZES[case.split("/")[1]][1]
-    images = 0.5 + 0.5 * torch.sin(0.01 * torch.arange(2 * 3 * size * size, dtype=torch.float64))
     with torch.no_grad():
-        logits = model(images.reshape(2, 3, size, size)).numpy()
+        logits = model(images(SIZES[case.split("/")[1]][1])).numpy()
     expected = np.load(REFERENCE / "architecture_logits.npz")[case]
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 

@@ -88,12 +88,15 @@ def diverge(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    job, where = sys.argv[1], Path(sys.argv[2])
+    where, *jobs = sys.argv[1:]
+    folder = Path(where)
     torch.set_num_threads(1)
     with distributed.process_group(toy.CPU):
-        if job == "gradients":
-            gradients(where)
-        elif job == "diverge":
-            diverge(where)
-        else:
-            train(where, dies=job == "dies")
+        for job in jobs:
+            match job:
+                case "gradients":
+                    gradients(folder)
+                case "diverge":
+                    diverge(folder)
+                case "train" | "dies":
+                    train(folder, dies=job == "dies")

@@ -40,29 +40,34 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def work(job: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A job of distributed_worker.py."""
-    return torchrun(folder, *options, str(HERE / "distributed_worker.py"), job, str(folder))
+def work(folder: Path, *jobs: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Jobs of distributed_worker.py, one after the other in the same processes."""
+    return torchrun(folder, f"--max-restarts={restarts}", str(HERE / "distributed_worker.py"), str(folder), *jobs)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the results of the jobs in which no process is killed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = work(folder, "gradients", "diverge", "train")
+    assert process.returncode == 0, process.stderr
+    return folder
 
 
 def results(folder: Path, name: str) -> list[Any]:
     return [torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_gradients_are_the_mean_of_the_shards(tmp_path: Path) -> None:
-    process = work("gradients", tmp_path)
-    assert process.returncode == 0, process.stderr
-    (alone0, together0), (alone1, together1) = results(tmp_path, "gradients")
+def test_gradients_are_the_mean_of_the_shards(undisturbed: Path) -> None:
+    (alone0, together0), (alone1, together1) = results(undisturbed, "gradients")
     assert any((first - second).abs().max() > 1e-3 for first, second in zip(alone0, alone1, strict=True))
     for first, second, mean0, mean1 in zip(alone0, alone1, together0, together1, strict=True):
         assert torch.equal(mean0, mean1)
         torch.testing.assert_close(mean0, (first + second) / 2, rtol=1e-4, atol=1e-6)
 
 
-def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(tmp_path: Path) -> None:
-    whole = work("train", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    (weights0, best, logged), (weights1, best1, logged1) = results(tmp_path / "whole", "trained")
+def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(undisturbed: Path, tmp_path: Path) -> None:
+    (weights0, best, logged), (weights1, best1, logged1) = results(undisturbed, "trained")
     assert [row["epoch"] for row in logged] == [1, 2, 3]
     assert logged1 == [], "rank 0 alone logs"
     for name, tensor in weights0.items():
@@ -70,23 +75,21 @@ def test_ranks_stay_alike_and_a_job_with_a_killed_one_resumes(tmp_path: Path) ->
             assert torch.equal(tensor, weights1[name]), name
     assert all(torch.equal(best[name], best1[name]) for name in best)
 
-    killed = work("dies", tmp_path / "killed", "--max-restarts=0")
+    killed = work(tmp_path / "killed", "dies")
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stderr
-    restarted = work("dies", tmp_path / "restarted", "--max-restarts=1")
+    restarted = work(tmp_path / "restarted", "dies", restarts=1)
     assert restarted.returncode == 0, restarted.stderr
     assert "SIGKILL" in restarted.stderr or "exitcode: -9" in restarted.stderr
     (again0, resumed, logged), (again1, _, _) = results(tmp_path / "restarted", "trained")
     assert [row["epoch"] for row in logged] == [2, 3], "the epochs after the one whose state was saved"
     assert all(torch.equal(best[name], resumed[name]) for name in best)
-    for undisturbed, again in ((weights0, again0), (weights1, again1)):
-        assert all(torch.equal(tensor, again[name]) for name, tensor in undisturbed.items())
+    for weights, again in ((weights0, again0), (weights1, again1)):
+        assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_step(tmp_path: Path) -> None:
-    process = work("diverge", tmp_path)
-    assert process.returncode == 0, process.stderr
-    for message, steps, before, after in results(tmp_path, "diverged"):
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_step(undisturbed: Path) -> None:
+    for message, steps, before, after in results(undisturbed, "diverged"):
         assert message.startswith("epoch 2, step 2 of 4: the loss or its gradient is not finite.")
         assert steps == 6, "raised at the same step, not later"
         assert all(torch.equal(after[name], weight) for name, weight in before.items())

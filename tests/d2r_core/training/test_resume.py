@@ -9,13 +9,15 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toy
+from project import ROOT
 
 from d2r_core import checkpoint, data, files
 from d2r_core.errors import UserError
@@ -35,12 +37,19 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path: Path) -> None:
-    # Children of a server that has imported PyTorch start at once; each is a process of its own.
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ForkServerContext]:
+    """Children of a server that has imported PyTorch start at once; each is a process of its own."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["toy"])
+    processes.set_forkserver_preload(["toy", "torch._dynamo"])  # the latter is imported by the first optimizer
+    with pytest.MonkeyPatch.context() as patch:
+        # The server inherits this path but not sys.path, and says nothing of a module that it does not find.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        yield processes
 
-    def start(name: str) -> Any:
+
+def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path: Path, processes: ForkServerContext) -> None:
+    def start(name: str) -> ForkServerProcess:
         child = processes.Process(target=toy.train_to_file, args=(tmp_path / name, tmp_path / f"{name}.pt"))
         child.start()
         return child
@@ -50,7 +59,7 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path: Path) -> No
     start("whole").join()
     duration = time.monotonic() - begun
     whole = torch.load(tmp_path / "whole.pt", weights_only=True)
-    moments, kills, run = random.Random(0), 0, 0
+    moments, kills, run, states = random.Random(0), 0, 0, 0
     while kills < KILLS:
         name, killed_here = f"killed{run}", 0
         while True:
@@ -62,9 +71,11 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path: Path) -> No
             child.kill()
             child.join()
             killed_here += 1
+            states += (tmp_path / name / "latest.pt").exists()
         assert child.exitcode == 0
         assert same(torch.load(tmp_path / f"{name}.pt", weights_only=True), whole), f"after {killed_here} kills"
         kills, run = kills + killed_here, run + 1
+    assert states > kills / 2, "a kill before the first state is survived by starting anew"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -126,15 +137,13 @@ def train_on_a_full_disk(state_folder: Path, size: int, message: Path) -> None:
         message.write_text(str(error))
 
 
-def test_a_full_disk_stops_with_the_last_state_intact(tmp_path: Path) -> None:
+def test_a_full_disk_stops_with_the_last_state_intact(tmp_path: Path, processes: ForkServerContext) -> None:
     whole, _ = toy.fit(toy.d2r())
     state = tmp_path / "state"
     toy.fit(toy.d2r(), state_folder=state, epochs=2)
     before = {path.name: path.read_bytes() for path in state.iterdir()}
     half = len(before["latest.pt"]) // 2
-    child = multiprocessing.get_context("forkserver").Process(
-        target=train_on_a_full_disk, args=(state, half, tmp_path / "message")
-    )
+    child = processes.Process(target=train_on_a_full_disk, args=(state, half, tmp_path / "message"))
     child.start()
     child.join()
     assert "latest.pt: the training state cannot be written (File too large)." in (tmp_path / "message").read_text()

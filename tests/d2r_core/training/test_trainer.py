@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import CONFIG, CPU, VALIDATION_ATTACKS, d2r, fit, network, split
+from toy import CONFIG, CPU, VALIDATION_ATTACKS, d2r, fit, network, split, trainer
 
 from d2r_core import data, runtime
 from d2r_core.data import Split
@@ -104,3 +104,12 @@ def test_data_streamed_from_a_file_train_bitwise_like_data_on_the_device(tmp_pat
     options: Any = {"device": device, "flip": True, "epochs": 2}
     first, second = (fit(d2r().to(device), *splits, **options)[0].state for splits in (streamed, resident))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_images_that_are_not_bytes_are_refused(which: str) -> None:
+    """Floats may be in [0, 1], in [0, 255] or normalised: taken for bytes, they are other images."""
+    splits = {"train": split(0), "validation": split(1)}
+    splits[which] = Split(splits[which].images / 255, splits[which].labels)
+    with pytest.raises(ValueError, match=r"images are torch\.float32 \(128, 3, 8, 8\); expected uint8 \(N, 3, H, W\)"):
+        trainer(Standard(network(0)), splits["train"], splits["validation"])

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from photos import load, make_folder, pack, photo, settings, snapshot
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.Image import Transpose
 
 from d2r_core.data import content_hash
 from d2r_core.errors import UserError
 from tasks import prepare
 from tasks.config.paths import Paths
+from tasks.data import image_decoding
 
 FILES = (
     "manifest.json",
@@ -25,6 +27,17 @@ FILES = (
     "train.safetensors",
     "validation.safetensors",
 )
+# How a camera that was turned stores an upright image: EXIF's orientation names the row and column that come first.
+STORED: dict[int, Transpose | None] = {
+    1: None,
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_90,  # counter-clockwise
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_270,
+}
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +50,7 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert manifest["path"] is None
     assert manifest["classes"] == list("0123456789")
     assert manifest["hash"] == content_hash(splits)
-    assert manifest["converted"] == {"grey": 1797, "other_mode": 0, "resized": 1797}
+    assert _converted(manifest) == {"grey": 1797, "resized": 1797}
     assert sum(len(split) for split in splits.values()) == 1797
     for name, split in splits.items():
         assert split.images.shape == (len(split), 3, 16, 16)
@@ -142,7 +155,8 @@ def test_grey_transparent_and_odd_sized_images_are_converted_and_counted(tmp_pat
     photo(7, size=(20, 9)).save(folder / "train/dog/odd.webp", lossless=True)
     photo(8, "L", size=(8, 8)).save(folder / "test/dog/small.bmp")
     manifest = prepare.run(settings(), Paths(tmp_path))
-    assert manifest["converted"] == {"grey": 4, "other_mode": 3, "resized": 2}
+    expected = {"grey": 4, "other_mode": 3, "composited": 3, "resized": 2, "stretched": 1}
+    assert _converted(manifest) == expected
     assert sum(split["images"] for split in manifest["splits"].values()) == 2 * (6 + 3) + 8
 
 
@@ -153,6 +167,57 @@ def test_conversion_preserves_the_content(tmp_path: Path) -> None:
     Image.new("L", (40, 10), 77).save(folder / "test/cat/grey.png")
     prepare.run(settings(), Paths(tmp_path))
     assert torch.equal(load(Paths(tmp_path))["test"].images[0], torch.full((3, 16, 16), 77, dtype=torch.uint8))
+
+
+def _converted(manifest: dict[str, Any]) -> dict[str, int]:
+    assert list(manifest["converted"]) == list(image_decoding.CHANGES)
+    return {change: count for change, count in manifest["converted"].items() if count}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_photos_are_turned_upright_as_their_camera_says(tmp_path: Path, orientation: int) -> None:
+    upright, turn = photo(1, size=(16, 16)), STORED[orientation]
+    stored = upright if turn is None else upright.transpose(turn)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    folder = make_folder(tmp_path)
+    for file in (folder / "test/cat").iterdir():
+        file.unlink()
+    stored.save(folder / "test/cat/photo.png", exif=exif)
+    manifest = prepare.run(settings(), Paths(tmp_path))
+    expected = torch.from_numpy(np.array(upright).transpose(2, 0, 1))
+    assert torch.equal(load(Paths(tmp_path))["test"].images[0], expected)
+    assert manifest["converted"]["rotated"] == (orientation > 1)
+
+
+def test_transparency_is_composited_on_white(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    for file in (folder / "test/cat").iterdir():
+        file.unlink()
+    Image.new("RGBA", (16, 16), (200, 100, 0, 51)).save(folder / "test/cat/glass.png")  # 51: a fifth
+    prepare.run(settings(), Paths(tmp_path))
+    colour = load(Paths(tmp_path))["test"].images[0, :, 5, 5]
+    assert colour.tolist() == [244, 224, 204]  # 255 - (255 - colour) / 5
+
+
+@pytest.mark.parametrize(
+    ("fit", "left", "middle", "change"),
+    [("stretch", "red", "red", "stretched"), ("crop", "green", "green", "cropped"), ("pad", "black", "red", "padded")],
+)
+def test_images_that_are_not_square(tmp_path: Path, fit: str, left: str, middle: str, change: str) -> None:
+    """A high image, green in its middle: stretched it is all there, cropped only its middle, padded with its edges."""
+    folder = make_folder(tmp_path)
+    for file in (folder / "test/cat").iterdir():
+        file.unlink()
+    image = Image.new("RGB", (32, 96), "red")
+    image.paste("lime", (0, 32, 32, 64))
+    image.save(folder / "test/cat/high.png")
+    manifest = prepare.run(settings(fit=fit), Paths(tmp_path))
+    pixels = load(Paths(tmp_path))["test"].images[0]
+    colours = {"red": [255, 0, 0], "green": [0, 255, 0], "black": [0, 0, 0]}
+    assert pixels[:, 1, 1].tolist() == colours[left]
+    assert pixels[:, 1, 8].tolist() == colours[middle]
+    assert manifest["converted"][change] == 1
 
 
 def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -164,3 +164,28 @@ def same(one: AttackResult, other: AttackResult) -> None:
     assert torch.equal(one.predictions, other.predictions)
     torch.testing.assert_close(one.margins, other.margins, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(one.distances, other.distances, rtol=1e-3, atol=1e-3)
+
+
+class Detached(nn.Module):
+    """The digits' model, on a copy of the images that autograd cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = digits.model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self.network(x.detach())
+        return logits
+
+
+@pytest.mark.parametrize("norm", RADII)
+def test_a_model_without_gradients_is_attacked_all_the_same(norm: Norm) -> None:
+    """The gradients are zero; Square needs none."""
+    split = digits.unseen(30)
+    result, robust_after = cascade(Detached(), split, ours(norm), config(norm))
+    clean = int(run_attack(Detached(), split, Clean(), config(norm)).correct(split.labels).sum())
+    assert list(robust_after) == NAMES
+    assert robust_after["FAB-T"] >= robust_after["APGD-T"] - 3, "random starts alone"
+    assert robust_after["Square"] < robust_after["FAB-T"] <= clean
+    assert result.distances.max() <= RADII[norm] + 1e-5

@@ -77,6 +77,15 @@ def test_failed_self_checks_refuse_a_version(project: Project) -> None:
     assert project.champion() == trusted
 
 
+def test_a_collapsed_training_is_refused(project: Project) -> None:
+    project.train(collapsed=True)
+    project.evaluate()
+    verdict = project.judge(versions.register(project.settings, project.paths))
+    assert verdict.reasons == (
+        "In the last epochs of its training, the accuracy on unperturbed validation images was at chance.",
+    )
+
+
 def test_skipped_self_checks_are_mentioned_and_do_not_block(project: Project) -> None:
     version = project.register(checks=(PASSED, SKIPPED))
     assert project.version(version).tags["checks"] == "passed"
@@ -133,6 +142,7 @@ def test_the_decision_is_written_and_on_the_version(project: Project) -> None:
         "min_clean_accuracy": "passed",
         "min_robust_accuracy": "passed",
         "above_chance": "passed",
+        "training": "passed",
         "self_checks": "passed",
         "data_validation": "passed",
         "robust_accuracy": "passed",

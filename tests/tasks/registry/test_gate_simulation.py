@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 
+from d2r_core.evaluation import statistics
 from tasks.config.settings import Promote, Settings
 from tasks.registry import gate_rules
 
@@ -72,7 +73,9 @@ def _answers(
 
 
 @pytest.fixture
-def limits(tiny_settings: Callable[..., Settings]) -> Promote:
+def limits(tiny_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> Promote:
+    # The bootstraps are nearly all of the time, and a tenth of their resamples decides the same in these refreshes.
+    monkeypatch.setattr(statistics, "_RESAMPLES", 1000)
     return tiny_settings(promote={"confidence": 0.95, "margin": 0.02}).promote
 
 

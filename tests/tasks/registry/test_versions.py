@@ -43,6 +43,7 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
         "git_dirty": str(metadata["git_dirty"]).lower(),
         "data_hash": read_manifest(project.paths)["hash"],
         "settings_hash": metadata["settings_hash"],
+        "collapsed": "false",
         "weights_sha256": metadata["weights_sha256"],
         "evaluation_hash": project.settings.hash("seed", "evaluate"),
         "clean_accuracy": "0.95",

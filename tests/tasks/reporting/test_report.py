@@ -46,6 +46,22 @@ def test_every_figure_is_on_the_page_and_the_card(tmp_path: Path) -> None:
     assert "expected of more\\_steps | passed" in card
 
 
+def test_costs_median_and_warnings_are_on_the_page_where_they_are_known(tmp_path: Path) -> None:
+    settings, paths = make_inputs(tmp_path)
+    robustness = json.loads(paths.robustness.read_text())
+    robustness["warnings"] = ["The clean accuracy is near chance <10%>."]
+    target = robustness["models"]["target"]
+    target["costs"] = {"pgd": {"forward_passes": 12345, "backward_passes": 6789, "seconds": 1.234}}
+    target["curves"]["median_perturbation"] = {"value": 0.03456, "above": 0.025, "at_most": 0.05}
+    write(paths.robustness, robustness)
+    report.run(settings, paths)
+    page = Page(paths.report)
+    assert "The clean accuracy is near chance <10%>." in page.text
+    name = target["attacks"]["pgd"]["name"]
+    assert f"and seconds on the target: {name} 12,345 + 6,789, 1.23 s." in page.text
+    assert "Median minimal perturbation of the target: 0.03456." in page.text
+
+
 def test_headline_says_what_the_figures_say(tmp_path: Path) -> None:
     page, card, paths = make_report(tmp_path)
     attacks = json.loads(paths.robustness.read_text())["models"]["target"]["attacks"]

@@ -39,8 +39,8 @@ def random_splits(classes: int, per_class: int, side: int) -> dict[str, Split]:
 
 def test_the_page_stays_small_and_self_contained_with_many_classes() -> None:
     classes = [f"<class> & {number}" for number in range(200)]
-    offenders = [Offender(f"train[{i}]", {"shared_with": "test[0]"}) for i in range(10)]
-    findings = [Finding("a < b", "10 of 9 fail", "none & nothing", False, "error", "why", offenders, 99_990)]
+    offenders = [Offender(f"train[{i}]", {"shared_with": "test[0]"}) for i in range(100_000)]
+    findings = [Finding("a < b", "10 of 9 fail", "none & nothing", False, "error", "why", "images", offenders)]
     page = render_page(random_splits(200, 8, 64), classes, findings=findings, stops=True)
     assert len(page) < 6e6, "even with noise, which does not compress"
     assert "99,990 more" in page

@@ -1,5 +1,6 @@
 """Stage `validate`: valid data pass, every planted fault is reported, and the reports are written in both cases."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -194,6 +195,44 @@ def test_only_the_first_offenders_are_listed(paths: Paths) -> None:
     assert len(finding["offenders"]) == 10
     assert finding["more"] == 3
     assert finding["offenders"][0] == "validation[0] (shared_with train[20])"
+
+
+def test_findings_csv_lists_every_offender(paths: Paths) -> None:
+    def change(splits: dict[str, Split]) -> None:
+        shared_images(splits)
+        splits["test"].images[50] = 90
+
+    modify(paths, change)
+    quarantined = {"name": 'a, "b".png', "split": "train", "class": "3", "reason": "not an image"}
+    paths.quarantine.write_text(json.dumps([quarantined]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"every image concerned is in .*findings\.csv"):
+        validate.run(limits(max_repeated_images=0), paths)
+    with (paths.validation / "findings.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    by_expectation: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_expectation.setdefault(row["expectation"], []).append(row)
+    shared = by_expectation["no image in more than one split"]
+    assert len(shared) == 13
+    label = load(paths)["validation"].labels[0]
+    assert shared[0] == {
+        "expectation": "no image in more than one split",
+        "failed": "True",
+        "severity": "error",
+        "split": "validation",
+        "class": str(int(label)),
+        "image": "validation[0]",
+        "other_image": "train[20]",
+        "details": "",
+    }
+    (constant,) = by_expectation["no image of one colour"]
+    assert (constant["image"], constant["split"], constant["details"]) == ("test[50]", "test", "std 0.0")
+    (unusable,) = by_expectation["no quarantined image"]
+    assert (unusable["image"], unusable["class"], unusable["details"]) == ('a, "b".png', "3", "not an image")
+    # Also what a limit allows.
+    allowed = by_expectation["no near-duplicate in another split"]
+    assert {row["failed"] for row in allowed} == {"False"}
+    assert all(row["other_image"] for row in allowed)
 
 
 def test_shared_images_up_to_the_limit_pass(paths: Paths) -> None:
