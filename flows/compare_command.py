@@ -6,7 +6,10 @@ from flows.registry_commands import Version, print_table, project
 
 
 def compare(a: Version, b: Version) -> None:
-    """Compare two versions image by image: a table here, and a page in reports/."""
+    """Compare two versions image by image.
+
+    Both must have been evaluated on the same test images. Prints a table and writes reports/compare-A-B.html.
+    """
     from rich.table import Table
 
     from tasks.registry import version_comparison, version_comparison_page

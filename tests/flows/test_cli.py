@@ -23,7 +23,7 @@ from tasks.registry.status import RegistryStatus
 
 COMMANDS = (
     *("run", "stage", "evaluate", "use", "status"),
-    *("approve", "promote", "rollback", "release", "models", "history", "lineage", "reproduce", "gc"),
+    *("approve", "promote", "rollback", "release", "models", "history", "compare", "lineage", "reproduce", "gc"),
 )
 
 
