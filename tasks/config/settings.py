@@ -213,6 +213,7 @@ class Promote(Section):
     onnx: bool  # export the model to ONNX when it is registered
     approval: Literal["automatic", "manual"]  # whether the flow promotes what passed, or a person (`d2r approve`)
     approval_minutes: NotNegative  # manual: how long the flow waits for the person; 0: not at all
+    require_signature: Text | None  # path of the public key that must have signed every version; null: not required
 
 
 class Tracking(Section):

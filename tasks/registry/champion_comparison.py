@@ -16,7 +16,7 @@ from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import AttackComparison, Champion, ChampionComparison, RobustnessReport, Weights
-from tasks.registry import paired, version_files, versions
+from tasks.registry import paired, signing, version_files, versions
 from tasks.tracking import errors
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def compare(settings: Settings, paths: Paths) -> str:
         if champion.weights_sha256 == robustness.target.weights_sha256:
             return f"The champion, version {version}, is this very model."
         with tempfile.TemporaryDirectory() as folder:
-            result = _compare(registered, paths, robustness, folder)
+            public_key = signing.trusted_key(settings, paths)
+            result = _compare(registered, paths, robustness, Path(folder), public_key)
     attacks, reason = (None, result) if isinstance(result, str) else (result, None)
     _write(paths.comparison, robustness, champion, attacks, reason)
     if attacks is None:
@@ -95,11 +96,11 @@ def _write(
 
 
 def _compare(
-    registered: "ModelVersion", paths: Paths, robustness: RobustnessReport, folder: str
+    registered: "ModelVersion", paths: Paths, robustness: RobustnessReport, folder: Path, public_key: Path | None
 ) -> dict[str, AttackComparison] | str:
     """The figures of every attack, or the reason why there are none."""
     try:
-        champion, champion_examples = version_files.read(registered, Path(folder)).evaluation()
+        champion, champion_examples = version_files.read(registered, folder, public_key).evaluation()
     except UserError as error:  # the report is made all the same; the gate refuses where it matters
         return str(error)
     name = f"version {registered.version}"

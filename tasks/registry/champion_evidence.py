@@ -15,7 +15,7 @@ from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.registry import gate_rules, paired, training_images, version_files
+from tasks.registry import gate_rules, paired, signing, training_images, version_files
 from tasks.registry.decision import Rule
 from tasks.registry.gate_rules import Evidence
 from tasks.registry.status import identity_of
@@ -50,7 +50,7 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         try:
             registered = client.get_model_version(challenger.version.name, str(champion_version))
-            champion = version_files.read(registered, Path(folder))
+            champion = version_files.read(registered, Path(folder), signing.trusted_key(settings, paths))
         except UserError as error:
             return Comparison([_champion_rule(False, f"It cannot be compared with the champion. {error} {_BY_HAND}")])
         difference = _difference(challenger, champion)
@@ -94,7 +94,7 @@ def _compare(settings: Settings, paths: Paths, challenger: VersionFiles, champio
     evidence = Evidence(
         pairs=paired.pair(examples, champion_examples, examples["index"].nunique()),
         labels=examples.drop_duplicates("index").set_index("index")["label"],
-        new_data=identity_of(champion.version).data_hash != identity_of(challenger.version).data_hash,
+        new_data=champion.metadata["data_hash"] != challenger.metadata["data_hash"],
         champion=f"version {champion.version.version}, {predictions}{note}",
         seed=settings.seed,
     )

@@ -10,7 +10,7 @@ import pandas as pd
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import champion_evidence, decision_page, gate_rules, model_logging, version_files
+from tasks.registry import champion_evidence, decision_page, gate_rules, model_logging, signing, version_files
 from tasks.registry.decision import Decision, Rule
 from tasks.registry.lock import registry_lock
 from tasks.registry.status import identity_of
@@ -42,7 +42,9 @@ def judge(settings: Settings, paths: Paths, version: int) -> Verdict:
     """
     name = settings.promote.model_name
     with connect(settings, paths) as client, tempfile.TemporaryDirectory() as folder:
-        challenger = version_files.read(client.get_model_version(name, str(version)), Path(folder, "challenger"))
+        registered = client.get_model_version(name, str(version))
+        public_key = signing.trusted_key(settings, paths)
+        challenger = version_files.read(registered, Path(folder, "challenger"), public_key)
         robustness, examples = challenger.evaluation()
         champion_version = resolve_alias(client, name, "champion")
         comparison = champion_evidence.compare(client, settings, paths, challenger, champion_version)

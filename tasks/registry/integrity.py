@@ -1,7 +1,7 @@
 """The manifest of a version: the SHA-256 of every file of its logged model, and a tag with the manifest's own.
 
 A changed, missing or additional file differs from the manifest, a changed manifest from the tag. Whoever may write both
-the files and the tags can forge both: that takes a signature to notice.
+the files and the tags can forge both: that takes a signature to notice (`signing`).
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from d2r_core import files
 from d2r_core.errors import UserError
+from tasks.registry import signing
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -21,6 +22,7 @@ TAG = "manifest_sha256"
 CONTENT = "data/model"  # the folder of a logged model with the files of this project
 # MLflow writes it into the copy of a client; with a local store, that is the stored model itself.
 CLIENT_FILE = "registered_model_meta"
+_UNHASHED = (MANIFEST, CLIENT_FILE, signing.SIGNATURE)
 
 
 def write_manifest(folder: Path) -> Path:
@@ -31,26 +33,39 @@ def write_manifest(folder: Path) -> Path:
 
 
 def log_manifest(model_id: str) -> str:
-    """Add the manifest to a logged model; returns the manifest's SHA-256, for the tag."""
+    """Add the manifest to a logged model, and a signature if there is a private key.
+
+    Returns:
+        The manifest's SHA-256, for the tag.
+
+    Raises:
+        UserError: the private key cannot be used.
+    """
     import mlflow
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=folder))
         manifest = write_manifest(model)
-        mlflow.MlflowClient().log_model_artifact(model_id, str(manifest))
+        for path in (manifest, signing.sign(model, unsigned=(CLIENT_FILE,))):
+            if path is not None:
+                mlflow.MlflowClient().log_model_artifact(model_id, str(path))
         return files.sha256(manifest)
 
 
-def verify(version: "ModelVersion") -> None:
-    """Fetch everything that a version carries and hash it. Raises UserError like `fetch`."""
+def verify(version: "ModelVersion", public_key: Path | None) -> None:
+    """Fetch everything that a version carries, hash it, and verify the signature. Raises UserError like `fetch`."""
     with tempfile.TemporaryDirectory() as folder:
-        fetch(version, Path(folder))
+        fetch(version, Path(folder), public_key)
 
 
-def fetch(version: "ModelVersion", folder: Path) -> Path:
+def fetch(version: "ModelVersion", folder: Path, public_key: Path | None) -> Path:
     """Bring a version's logged model into `folder`, as a client does; returns the folder of this project's files in it.
 
+    Args:
+        public_key: what must have signed it (`signing.trusted_key`); None: it need not be signed.
+
     Raises:
+        SignatureError: it is not signed by that key.
         UserError: a file is not the one that was registered, or the version has no manifest.
     """
     import mlflow
@@ -62,16 +77,20 @@ def fetch(version: "ModelVersion", folder: Path) -> Path:
         )
     uri = f"models:/{version.name}/{version.version}"
     model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
-    verify_folder(model, version.tags[TAG], f"{version.name} version {version.version}")
+    name = f"{version.name} version {version.version}"
+    verify_folder(model, version.tags[TAG], name)
+    if public_key is not None:
+        signing.verify(model, public_key, name)
     return model / CONTENT
 
 
 def verify_loaded(folder: Path) -> None:
-    """Verify the model that MLflow is about to load from `folder`.
+    """Verify the model that MLflow is about to load from `folder`, with its signature if `D2R_PUBLIC_KEY` names a key.
 
     The registry is asked for the tag only where it is known: a container that serves a model has none.
 
     Raises:
+        SignatureError: it is not signed by that key.
         UserError: a file is not the one that was registered, or there is no manifest.
     """
     import mlflow
@@ -88,6 +107,9 @@ def verify_loaded(folder: Path) -> None:
         version = mlflow.MlflowClient().get_model_version(model, number)
         expected, name = version.tags.get(TAG), f"{model} version {number}"
     verify_folder(folder, expected, name)
+    public_key = signing.client_key()
+    if public_key is not None:
+        signing.verify(folder, public_key, name)
 
 
 def verify_folder(folder: Path, manifest_sha256: str | None, name: str) -> None:
@@ -121,7 +143,7 @@ def _read_manifest(path: Path, sha256: str | None, name: str) -> dict[str, str]:
 def _hashes(folder: Path) -> dict[str, str]:
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: files.sha256(path) for name, path in names.items() if name not in (MANIFEST, CLIENT_FILE)}
+    return {name: files.sha256(path) for name, path in names.items() if name not in _UNHASHED}
 
 
 def _refusal(name: str, reason: str) -> str:

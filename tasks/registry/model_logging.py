@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +55,7 @@ def log_evaluated_model(
     Raises:
         UserError: the weights are damaged, or their export to ONNX fails. No model is logged then.
     """
-    from tasks.registry import servable  # which imports MLflow
+    from tasks.registry import bill_of_materials, servable  # which import MLflow or are slow to import
 
     model, _ = checkpoint.load(paths.target, torch.device("cpu"))  # nothing is logged of damaged weights
     run_id = _training_run(client, settings, paths, metadata)
@@ -65,6 +66,7 @@ def log_evaluated_model(
     _log_figures(client, run_id, robustness)
     run_folder = str(evaluation_folder(robustness.identity))
     _log_files(client, run_id, paths, run_folder)
+    started = datetime.fromtimestamp(client.get_run(run_id).info.start_time / 1000, UTC)
     with tempfile.TemporaryDirectory() as temporary:
         content = Path(temporary) / Path(integrity.CONTENT).name
         content.mkdir()
@@ -74,7 +76,12 @@ def log_evaluated_model(
         recorded_examples.write(paths, model, content)
         if settings.promote.onnx:
             onnx_export.write(model, list(metadata["classes"]), content)
-        provenance_files.write(paths, content, run_folder, prefect_run)
+        provenance = provenance_files.write(paths, content, run_folder, prefect_run)
+        bill = bill_of_materials.render(
+            settings.promote.model_name, metadata, robustness, provenance, started, paths.root / "requirements.lock"
+        )
+        (content / bill_of_materials.FILE).write_text(bill, encoding="utf-8")
+        client.log_text(run_id, bill, f"{run_folder}/{bill_of_materials.FILE}")
         model_id = servable.log_model(run_id, content, metadata)
     return LoggedModel(run_id, model_id, integrity.log_manifest(model_id))
 

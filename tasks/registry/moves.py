@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.registry import history, recorded_examples
+from tasks.registry import history, recorded_examples, signing
 from tasks.registry.decision import Approval
 from tasks.registry.history import Move
 from tasks.registry.lock import registry_lock
@@ -62,7 +62,7 @@ def promote(
             refuse(client, registered)
             if command != history.APPROVE:
                 _refuse_rejected(registered)
-        recorded_examples.predict(registered)
+        recorded_examples.predict(registered, signing.trusted_key(settings, paths))
         move = _move(registered, who=who, command=command, reason=reason, forced=force)
         history.record_and_move(client, name, move)
         if force:
@@ -92,7 +92,7 @@ def rollback(settings: Settings, paths: Paths, *, who: str, reason: str, to: int
         target = _previous_champion(client, name, current) if to is None else get_version(client, name, to)
         if to is not None and hold_of(client, target):
             raise UserError(f"{name} version {to} is on hold. `d2r release {to}` releases it.")
-        recorded_examples.predict(target)
+        recorded_examples.predict(target, signing.trusted_key(settings, paths))
         # The hold comes first: killed in between, this leaves a champion on hold, and not a bad model that returns.
         hold = {"reason": reason, "who": who, "time": _now()}
         client.set_model_version_tag(name, str(current), "hold", json.dumps(hold))

@@ -34,8 +34,8 @@ DIFF, REGISTRATION_DIFF = "code.diff", "registration.diff"
 _FETCHED = ("prepare", "validate", "pretrain")  # the stages whose outs a reproduction takes from DVC
 
 
-def write(paths: Paths, folder: Path, run_folder: str, prefect_run: PrefectRun | None) -> None:
-    """Write the provenance of the evaluated target model into `folder`, which becomes part of the version.
+def write(paths: Paths, folder: Path, run_folder: str, prefect_run: PrefectRun | None) -> Provenance:
+    """Write the provenance of the evaluated target model into `folder`, which becomes part of the version; returns it.
 
     Args:
         run_folder: where this evaluation's files are among the artifacts of the MLflow run.
@@ -76,6 +76,7 @@ def write(paths: Paths, folder: Path, run_folder: str, prefect_run: PrefectRun |
         prefect_run=prefect_run,
     )
     (folder / FILE).write_text(json.dumps(provenance.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    return provenance
 
 
 def _training(metadata: Mapping[str, Any], folder: Path) -> Origin:

@@ -33,17 +33,18 @@ def write(paths: Paths, model: nn.Module, folder: Path) -> None:
     save_file({"images": images, "logits": logits.clone()}, folder / FILE)
 
 
-def predict(version: "ModelVersion") -> None:
-    """Verify and load a version as a client does, and predict the recorded examples.
+def predict(version: "ModelVersion", public_key: Path | None) -> None:
+    """Verify a version, with its signature if there is a `public_key`, load it as a client does, and predict.
 
     Raises:
-        UserError: its files are not the ones that were registered, or its logits are others than at the registration.
+        UserError: its files are not the ones that were registered or not signed by that key, or its logits for the
+            recorded examples are others than at the registration.
     """
     import mlflow
 
     with tempfile.TemporaryDirectory() as temporary:
         # Verified first: loading reads MLmodel, which names the code.
-        content = integrity.fetch(version, Path(temporary))
+        content = integrity.fetch(version, Path(temporary), public_key)
         recorded = load_file(content / FILE)
         served = mlflow.pyfunc.load_model(temporary)
     answers = served.predict(recorded["images"].numpy(), params={"logits": True})

@@ -107,7 +107,7 @@ def _load_pyfunc(path: str) -> ServedModel:
     """What MLflow calls to load a logged model, with the folder of this project's files in it.
 
     Raises:
-        UserError: a file is not the one that was registered.
+        UserError: a file is not the one that was registered, or the model is not signed as `D2R_PUBLIC_KEY` requires.
     """
     folder = Path(path)
     integrity.verify_loaded(folder.parents[1])

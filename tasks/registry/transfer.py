@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
-from tasks.registry import integrity, model_logging, moves
+from tasks.registry import integrity, model_logging, moves, signing
 from tasks.registry.lock import registry_lock
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.status import identity_of, newest_version
@@ -70,7 +70,7 @@ def promote(
             registered = moves.get_version(client, settings.promote.model_name, version)
             if not force:
                 moves.refuse(client, registered)
-            original = _fetch(client, registered, Path(folder))
+            original = _fetch(client, registered, Path(folder), signing.trusted_key(settings, paths))
         origin = json.dumps({"model": registered.name, "version": version, "server": public_uri(settings)})
         # The variable decides about the address, also where a person has set it for the original.
         address: AbstractContextManager[None] = (
@@ -83,11 +83,11 @@ def promote(
     return copy
 
 
-def _fetch(client: "MlflowClient", version: "ModelVersion", folder: Path) -> _Original:
+def _fetch(client: "MlflowClient", version: "ModelVersion", folder: Path, public_key: Path | None) -> _Original:
     model, artifacts = folder / "model", folder / "artifacts"
     model.mkdir()
     artifacts.mkdir()
-    integrity.fetch(version, model)
+    integrity.fetch(version, model, public_key)
     (model / integrity.CLIENT_FILE).unlink(missing_ok=True)
     run = client.get_run(str(version.run_id))
     evaluation = model_logging.evaluation_folder(identity_of(version))

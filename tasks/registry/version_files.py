@@ -50,10 +50,10 @@ class VersionFiles:
         return robustness, examples[examples["model"] == "target"]
 
 
-def read(version: "ModelVersion", folder: Path) -> VersionFiles:
-    """Bring the files of a version into `folder` and verify them.
+def read(version: "ModelVersion", folder: Path, public_key: Path | None) -> VersionFiles:
+    """Bring the files of a version into `folder` and verify them, with the signature if there is a `public_key`.
 
     Raises:
-        UserError: a file is not the one that was registered, or the version has no manifest.
+        UserError: a file is not the one that was registered, or the version has no manifest or no valid signature.
     """
-    return VersionFiles(version, integrity.fetch(version, folder))
+    return VersionFiles(version, integrity.fetch(version, folder, public_key))

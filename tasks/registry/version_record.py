@@ -8,7 +8,7 @@ from d2r_core.errors import UserError
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import history, moves, version_files
+from tasks.registry import history, moves, signing, version_files
 from tasks.registry.history import Entry
 from tasks.registry.provenance import Provenance
 from tasks.registry.status import store_exists
@@ -43,7 +43,7 @@ def read(settings: Settings, paths: Paths, version: int) -> VersionRecord:
         registered = find_version(client, name, version)
         if registered is None:
             raise missing
-        files = version_files.read(registered, Path(folder))
+        files = version_files.read(registered, Path(folder), signing.trusted_key(settings, paths))
         provenance = Provenance.read(files.folder, f"{name} version {version}")
         robustness, _ = files.evaluation()
         aliases = client.get_registered_model(name).aliases

@@ -14,7 +14,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport
-from tasks.registry import history, integrity, model_logging, version_files
+from tasks.registry import history, integrity, model_logging, signing, version_files
 from tasks.registry.lock import registry_lock
 from tasks.registry.model_logging import LoggedModel
 from tasks.registry.provenance import PrefectRun
@@ -32,25 +32,25 @@ def register(settings: Settings, paths: Paths, prefect_run: PrefectRun | None = 
 
     Figures, files and the servable model go to the run that trained it, or, where this server does not know that
     run, to a new one made from the files. The version is created last: a failure before leaves none. A model that is
-    registered already, with the same identity, keeps its version. One process at a time registers: see `lock`. The
-    history gets the move of the alias.
+    registered already, with the same identity, keeps its version, unless a signature is required that it does not
+    have. One process at a time registers: see `lock`. The history gets the move of the alias.
 
     Args:
         prefect_run: the flow run that registers it, if there is one, for the provenance.
 
     Raises:
-        UserError: an artifact is missing, the artifacts do not belong together, or the files of the version that is
-            registered already are not the ones that were registered.
+        UserError: an artifact is missing, the artifacts do not belong together, the files of the version that is
+            registered already are not the ones that were registered, or it cannot be signed as required.
     """
     metadata, robustness = _evaluated(paths)
-    name = settings.promote.model_name
+    name, public_key = settings.promote.model_name, signing.trusted_key(settings, paths)
+    signing.check_keys(public_key)
     with connect(settings, paths) as client, registry_lock(client, name):
         registered = newest_version(client, name, robustness.identity)
-        if registered is None or integrity.TAG not in registered.tags:  # an older release wrote no manifest
+        if registered is None or not _is_usable(registered, public_key):
             logged = model_logging.log_evaluated_model(client, settings, paths, metadata, robustness, prefect_run)
             version = _create_version(client, name, logged, _tags(metadata, robustness))
         else:
-            integrity.verify(registered)
             version = int(registered.version)
         _make_challenger(client, name, version)
     return version
@@ -94,7 +94,7 @@ def download(settings: Settings, paths: Paths, reference: str, folder: Path) -> 
         if registered is None:
             raise UserError(f"{reference}: there is no such version in MLflow ({public_uri(settings)}).")
         with tempfile.TemporaryDirectory() as temporary:
-            files = version_files.read(registered, Path(temporary))
+            files = version_files.read(registered, Path(temporary), signing.trusted_key(settings, paths))
             folder.mkdir(parents=True, exist_ok=True)
             for path in (checkpoint.metadata_path(files.weights), files.weights):
                 shutil.copy(path, folder)
@@ -150,6 +150,21 @@ def _evaluated(paths: Paths) -> tuple[dict[str, Any], RobustnessReport]:
             f"{paths.robustness}, {paths.target} and {paths.manifest} are of different data. Run `dvc repro`."
         )
     return metadata, robustness
+
+
+def _is_usable(version: "ModelVersion", public_key: Path | None) -> bool:
+    """Whether a version can be promoted as far as its form goes: an older release wrote no manifest or signature.
+
+    Raises:
+        UserError: its files are not the ones that were registered.
+    """
+    if integrity.TAG not in version.tags:
+        return False
+    try:
+        integrity.verify(version, public_key)
+    except signing.SignatureError:  # not signed, or before the key was changed
+        return False
+    return True
 
 
 def _tags(metadata: dict[str, Any], robustness: RobustnessReport) -> dict[str, str]:

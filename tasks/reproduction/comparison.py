@@ -1,6 +1,5 @@
 """What a reproduction came to: recorded and reproduced figures, weights and environments, side by side."""
 
-import re
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,10 +11,9 @@ from safetensors.torch import load_file
 
 from d2r_core import files
 from tasks.evaluation.report_schema import AttackFigures, RobustnessReport
-from tasks.tracking.environment import Environment
+from tasks.tracking.environment import Environment, locked_packages
 
 _MAX_PACKAGES = 5  # in one line
-_PIN = r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)"  # a line of requirements.lock
 
 
 class FigureComparison(NamedTuple):
@@ -76,13 +74,10 @@ def environments(recorded: Environment, here: Environment) -> list[str]:
 
 def packages(lock: Path) -> list[str]:
     """A line about the installed packages that are not of the version in requirements.lock; none if all are."""
-    if not lock.is_file():
-        return []
-    pinned: dict[str, list[str]] = {}
-    for name, version in re.findall(_PIN, lock.read_text(encoding="utf-8"), re.MULTILINE):
-        pinned.setdefault(name, []).append(version)  # several, for several releases of Python
     different = [
-        f"{name} {' or '.join(pins)}, here {here}" for name, pins in pinned.items() if (here := _other(name, pins))
+        f"{name} {' or '.join(pins)}, here {here}"
+        for name, pins in locked_packages(lock).items()
+        if (here := _other(name, pins))
     ]
     if not different:
         return []

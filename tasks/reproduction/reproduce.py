@@ -19,7 +19,7 @@ from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.report_schema import RobustnessReport
 from tasks.pipeline import dvc
-from tasks.registry import version_files, versions
+from tasks.registry import signing, version_files, versions
 from tasks.registry.integrity import TAG
 from tasks.registry.provenance import Origin, Provenance
 from tasks.registry.status import store_exists
@@ -69,8 +69,9 @@ def reproduce(settings: Settings, paths: Paths, version: int, folder: Path, *, t
     the folder. After an interruption, the same call continues.
 
     Raises:
-        UserError: there is no such version, its files are not the ones that were registered, it has no provenance, its
-            code or data cannot be had, a stage failed, or the folder holds something else.
+        UserError: there is no such version, its files are not the ones that were registered, it is not signed as
+            required, it has no provenance, its code or data cannot be had, a stage failed, or the folder holds
+            something else.
     """
     with tempfile.TemporaryDirectory() as temporary:
         entry, progress = _fetch(settings, paths, version, Path(temporary), train)
@@ -97,7 +98,7 @@ def _fetch(settings: Settings, paths: Paths, version: int, folder: Path, train: 
         registered = versions.find_version(client, name, version)
         if registered is None:
             raise missing
-        entry = version_files.read(registered, folder).folder
+        entry = version_files.read(registered, folder, signing.trusted_key(settings, paths)).folder
         manifest = registered.tags[TAG]
     return entry, _Progress(name=name, version=version, manifest_sha256=manifest, train=train, stages=[])
 

@@ -1,6 +1,7 @@
 """Where a stage runs: what decides, besides code, data and settings, whether two runs give the same bits."""
 
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from d2r_core import distributed, files
 from tasks.config.paths import Paths
+
+_PIN = r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)"  # a line of requirements.lock
 
 
 class Environment(BaseModel):
@@ -50,6 +53,15 @@ def current_environment(paths: Paths, device: torch.device, precision: str) -> E
         processes=distributed.world(),
         precision=precision,
     )
+
+
+def locked_packages(lock: Path) -> dict[str, list[str]]:
+    """The versions of each package in requirements.lock (several for several releases of Python); {} without it."""
+    pins: dict[str, list[str]] = {}
+    if lock.is_file():
+        for name, version in re.findall(_PIN, lock.read_text(encoding="utf-8"), re.MULTILINE):
+            pins.setdefault(name, []).append(version)
+    return pins
 
 
 def _cpu() -> str:

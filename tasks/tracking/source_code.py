@@ -65,6 +65,6 @@ def _diff(paths: Paths, new: list[str]) -> str:
         index = Path(folder, "index")
         original = paths.root / git(paths.root, "rev-parse", "--git-path", "index").strip()
         if original.exists():
-            shutil.copy(original, index)
+            shutil.copy2(original, index)  # with its time, by which git knows which files it must read again
         git(paths.root, "add", "--intent-to-add", "--", *new, GIT_INDEX_FILE=str(index), GIT_LITERAL_PATHSPECS="1")
         return git(paths.root, *arguments, GIT_INDEX_FILE=str(index))

@@ -210,6 +210,16 @@ def test_forged_tags_change_no_verdict(project: Project) -> None:
         project.judge(version)
 
 
+def test_forged_tags_of_the_champion_do_not_make_a_refresh(project: Project) -> None:
+    """On new data no gain is needed: whether the data are new is read from the champion's files."""
+    champion = project.register(worst=0.6)
+    project.promote(champion)
+    mlflow.MlflowClient().set_model_version_tag(NAME, str(champion), "data_hash", "other")
+    project.judge(project.register(seed=1, worst=0.6))
+    rules = Decision.read(project.paths.decision).rules
+    assert "McNemar" in next(rule.reason for rule in rules if rule.name == "robust_accuracy")
+
+
 def test_unknown_version_is_neither_gated_nor_promoted(project: Project) -> None:
     project.register()
     with pytest.raises(UserError, match="version=7"):

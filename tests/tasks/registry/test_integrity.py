@@ -113,7 +113,7 @@ def test_deleted_version_is_registered_anew(project: Project) -> None:
     zero_weights(logged_model_folder(project.version(version)))
     mlflow.MlflowClient().delete_model_version(NAME, str(version))
     anew = versions.register(project.settings, project.paths)
-    integrity.verify(project.version(anew))
+    integrity.verify(project.version(anew), None)
 
 
 def test_version_without_manifest_is_registered_anew_and_not_promoted(project: Project) -> None:
@@ -134,7 +134,7 @@ def test_version_carries_its_own_figures(project: Project, tmp_path: Path) -> No
     project.evaluate(worst=0.1)
     second = versions.register(project.settings, project.paths)
     for version, figure in ((first, 0.6), (second, 0.1)):
-        content = integrity.fetch(project.version(version), tmp_path / f"version{version}")
+        content = integrity.fetch(project.version(version), tmp_path / f"version{version}", None)
         robustness = json.loads((content / "robustness.json").read_text())
         assert robustness["models"]["target"]["attacks"]["worst"]["accuracy"] == figure
 
@@ -142,7 +142,7 @@ def test_version_carries_its_own_figures(project: Project, tmp_path: Path) -> No
 def test_model_without_a_registry_is_compared_with_its_manifest(project: Project, tmp_path: Path) -> None:
     """As one that was copied to another machine."""
     version, download = project.register(), tmp_path / "download"
-    integrity.fetch(project.version(version), download)
+    integrity.fetch(project.version(version), download, None)
     (download / "registered_model_meta").unlink()
     mlflow.pyfunc.load_model(str(download))
     zero_weights(download)

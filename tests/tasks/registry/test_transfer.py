@@ -68,7 +68,7 @@ def check_copy(original: ModelVersion, name: str, version: int, uri: str) -> Non
     origin = json.loads(copy.tags["copied_from"])
     assert (origin["model"], origin["version"]) == (original.name, int(original.version))
     assert {**copy.tags, "copied_from": None} == {**original.tags, "copied_from": None}
-    integrity.verify(copy)
+    integrity.verify(copy, None)
     answers = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(images(3))
     assert np.array_equal(np.stack(answers["probabilities"]), np.stack(expected["probabilities"]))
     assert files_of(str(copy.run_id)) == evaluation

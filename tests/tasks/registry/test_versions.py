@@ -64,7 +64,7 @@ def test_version_holds_where_the_model_comes_from(project: Project) -> None:
     evaluation = str(model_logging.evaluation_folder(RobustnessReport.read(project.paths.robustness).identity))
     files = ("report.html", "model_card.md", "data.html", "robustness.json", "examples.parquet", "comparison.json")
     assert files_of(run.info.run_id, evaluation) == {
-        f"{evaluation}/{name}" for name in (*files, "validation", "params.yaml", "dvc.lock")
+        f"{evaluation}/{name}" for name in (*files, "validation", "params.yaml", "dvc.lock", "bom.json")
     }
     logged = mlflow.get_logged_model(str(registered.source).removeprefix("models:/"))
     assert (logged.source_run_id, logged.experiment_id) == (run.info.run_id, run.info.experiment_id)

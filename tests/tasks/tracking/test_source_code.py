@@ -1,5 +1,6 @@
 """The code that a model was trained by can be restored from a commit and a diff."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -57,6 +58,21 @@ def test_the_diff_restores_changed_removed_and_untracked_code(checkout: Path) ->
     for name in names:
         assert (folder / "tasks" / name).read_bytes() == (checkout / "tasks" / name).read_bytes()
     assert not (folder / "tasks/old.py").exists()
+
+
+def test_a_change_in_the_second_of_the_commit_is_in_the_diff(checkout: Path) -> None:
+    """To git, a file of the same size and second is unchanged, unless its index is of that second as well."""
+    git(checkout, "config", "core.trustctime", "false")
+    train, index = checkout / "tasks/train.py", checkout / ".git/index"
+    train.write_text("one\n")
+    os.utime(train, (1_700_000_000, 1_700_000_000))
+    commit(checkout)
+    train.write_text("two\n")
+    (checkout / "tasks/new.py").write_text("new\n")
+    for path in (train, index):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    code = read_source_code(Paths(checkout))
+    assert (restored(checkout, code.diff) / "tasks/train.py").read_text() == "two\n"
 
 
 def test_settings_are_no_part_of_the_diff(checkout: Path) -> None:
