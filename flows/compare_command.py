@@ -1,11 +1,15 @@
 """`d2r compare`: two registered versions beside each other, image by image."""
 
+from typing import Annotated
+
 import typer
 
-from flows.registry_commands import Version, print_table, project
+from flows.registry_commands import print_table, project
+
+Reference = Annotated[str, typer.Argument(help="a version's number, champion or challenger; `d2r models` lists them")]
 
 
-def compare(a: Version, b: Version) -> None:
+def compare(a: Reference, b: Reference) -> None:
     """Compare two versions image by image.
 
     Both must have been evaluated on the same test images. Prints a table and writes reports/compare-A-B.html.
@@ -15,9 +19,10 @@ def compare(a: Version, b: Version) -> None:
     from tasks.registry import version_comparison, version_comparison_page
 
     settings, paths = project()
-    comparison = version_comparison.compare(settings, paths, a, b)
-    header = ("attack", "images", f"version {a}", f"version {b}", "difference [95 %]", f"only {a}", f"only {b}", "p")
-    table = Table(*header, title=f"{comparison.model_name}: versions {a} and {b} on the same images")
+    comparison = version_comparison.compare(settings, paths, (a, b))
+    first, second = f"version {comparison.a}", f"version {comparison.b}"
+    header = ("attack", "images", first, second, "difference [95 %]", f"only {first}", f"only {second}", "McNemar p")
+    table = Table(*header, title=f"{comparison.model_name}: {first} and {second} on the same images")
     for row in comparison.attacks:
         low, high = row.interval
         table.add_row(
@@ -33,11 +38,11 @@ def compare(a: Version, b: Version) -> None:
     print_table(table)
     for reason in comparison.left_out:
         typer.echo(f"not compared: {reason}")
-    differences = Table("differs", f"version {a}", f"version {b}")
+    differences = Table("differs", first, second)
     for difference in comparison.differences:
         differences.add_row(*difference)
     if comparison.differences:
         print_table(differences)
-    page = paths.reports / f"compare-{a}-{b}.html"
+    page = paths.reports / f"compare-{comparison.a}-{comparison.b}.html"
     version_comparison_page.write(comparison, page)
     typer.echo(f"page  {page}")

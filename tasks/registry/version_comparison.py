@@ -12,9 +12,9 @@ from d2r_core.evaluation.statistics import paired_score_interval, sign_test
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import AttackFigures, RobustnessReport
-from tasks.registry import moves, paired, version_files
+from tasks.registry import paired, signing, version_files
 from tasks.registry.version_files import VersionFiles
-from tasks.registry.versions import connect
+from tasks.registry.versions import connect, get_referenced
 from tasks.tracking import runs
 
 if TYPE_CHECKING:
@@ -65,20 +65,23 @@ class VersionComparison(NamedTuple):
     differences: list[Difference]
 
 
-def compare(settings: Settings, paths: Paths, a: int, b: int) -> VersionComparison:
+def compare(settings: Settings, paths: Paths, references: tuple[str, str]) -> VersionComparison:
     """Compare two versions that were measured on the same test images, under the attacks that were the same.
+
+    Args:
+        references: A and B, as numbers or aliases.
 
     Raises:
         UserError: the two are one version, there is no such version, its files are not the ones that were registered,
             or the two were measured on different data.
     """
-    name = settings.promote.model_name
-    if a == b:
-        raise UserError("Name two different versions; `d2r models` lists them.")
+    name, public_key = settings.promote.model_name, signing.trusted_key(settings, paths)
     with connect(settings, paths) as client, tempfile.TemporaryDirectory() as folder:
-        sides = [
-            version_files.read(moves.get_version(client, name, number), Path(folder, str(number))) for number in (a, b)
-        ]
+        registered = [get_referenced(client, name, reference) for reference in references]
+        a, b = (int(version.version) for version in registered)
+        if a == b:
+            raise UserError("Name two different versions; `d2r models` lists them.")
+        sides = [version_files.read(version, Path(folder, str(version.version)), public_key) for version in registered]
         reports, examples = zip(*(side.evaluation() for side in sides), strict=True)
         if reports[0].data.hash != reports[1].data.hash:
             raise UserError(

@@ -30,10 +30,10 @@ def project(
 
 
 @pytest.fixture
-def compare(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
+def compare(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[object, object], str]:
     monkeypatch.setattr("tasks.config.settings.load", lambda path: project.settings)
 
-    def compare(a: int, b: int) -> str:
+    def compare(a: object, b: object) -> str:
         result = CliRunner().invoke(app, ["compare", str(a), str(b)])
         return result.output if result.exit_code == 0 else f"error: {result.exception}"
 
@@ -56,7 +56,7 @@ def register_attacked_with(project: Project, seed: int, **figures: Any) -> int:
     return versions.register(project.settings, project.paths)
 
 
-def test_the_table_has_the_paired_figures(project: Project, compare: Callable[[int, int], str]) -> None:
+def test_the_table_has_the_paired_figures(project: Project, compare: Callable[[object, object], str]) -> None:
     project.register(0, clean=0.95, worst=0.5, autoattack=0.4)
     project.with_settings(train={"epochs": 7})
     project.register(1, clean=0.9, worst=0.8, autoattack=0.4)
@@ -77,9 +77,13 @@ def test_the_table_has_the_paired_figures(project: Project, compare: Callable[[i
     assert table["weights_sha256"] == [project.version(number).tags["weights_sha256"] for number in (1, 2)]
     assert "evaluation.settings_hash" not in table
     assert output.splitlines()[-1] == "page  reports/compare-1-2.html"
+    project.promote(1)
+    assert compare("champion", "@challenger") == output
+    assert compare("champion", 1) == "error: Name two different versions; `d2r models` lists them."
+    assert compare(1, "staging") == "error: digits has no version @staging. `d2r models` lists them."
 
 
-def test_what_cannot_be_compared_is_named_or_refused(project: Project, compare: Callable[[int, int], str]) -> None:
+def test_what_cannot_be_compared_is_named_or_refused(project: Project, compare: Callable[[object, object], str]) -> None:
     project.register(0, worst=0.5)
     project.with_settings(evaluate={"steps": 3})
     register_attacked_with(project, seed=1, eps=0.2, steps=3)
@@ -106,7 +110,7 @@ def test_what_cannot_be_compared_is_named_or_refused(project: Project, compare: 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_the_page_in_a_browser(
-    project: Project, compare: Callable[[int, int], str], browser: Any, colours: str
+    project: Project, compare: Callable[[object, object], str], browser: Any, colours: str
 ) -> None:
     project.register(0, worst=0.5)
     project.register(1, worst=0.8)
