@@ -33,10 +33,9 @@ class ChangedImages(NamedTuple):
 
 
 class AttackPair(NamedTuple):
-    """A and B under one attack on the same images."""
+    """A and B under one attack on the same images: all of them, or those of one class."""
 
-    key: str  # as in robustness.json
-    name: str  # for people
+    name: str  # of the attack or of the class, for people
     images: int
     a: float  # accuracies
     b: float
@@ -61,6 +60,7 @@ class VersionComparison(NamedTuple):
     a: int
     b: int
     attacks: list[AttackPair]
+    classes: list[AttackPair]  # each class under the last of `attacks`: the worst one, if that is compared
     left_out: list[str]  # why an attack was not compared, a sentence each
     differences: list[Difference]
 
@@ -89,15 +89,15 @@ def compare(settings: Settings, paths: Paths, references: tuple[str, str]) -> Ve
                 f"{reports[1].data.hash[:12]}): which test images they share is not recorded, so they cannot be "
                 "compared image by image. `d2r evaluate` measures each on images of your choice."
             )
-        attacks, left_out = _attacks(reports, examples, sides[0].metadata["classes"])
+        attacks, classes, left_out = _attacks(reports, examples, sides[0].metadata["classes"])
         differences = list(_differences(client, sides, reports))
-    return VersionComparison(name, a, b, attacks, left_out, differences)
+    return VersionComparison(name, a, b, attacks, classes, left_out, differences)
 
 
 def _attacks(
     reports: tuple[RobustnessReport, RobustnessReport], examples: tuple[pd.DataFrame, pd.DataFrame], classes: list[str]
-) -> tuple[list[AttackPair], list[str]]:
-    """What is compared, and for every other attack the reason."""
+) -> tuple[list[AttackPair], list[AttackPair], list[str]]:
+    """Under each attack that is compared, in each class under the last, and for every other attack the reason."""
     figures = [report.target.attacks for report in reports]
     same_precision = reports[0].precision == reports[1].precision
     left_out = []
@@ -118,7 +118,11 @@ def _attacks(
         left_out.append("The worst attack: not all attacks of which it is the worst are the same.")
     compared.sort(key="worst".__eq__)  # last
     labels = examples[0].drop_duplicates("index").set_index("index")["label"].map(lambda label: classes[label])
-    return [_pair(key, figures[0][key].name, pairs[key], labels) for key in compared if key in pairs], left_out
+    compared = [key for key in compared if key in pairs]
+    last = pairs[compared[-1]]
+    members = {label: last[labels.loc[last.index] == label] for label in classes}
+    by_class = [_pair(label, rows_of, labels) for label, rows_of in members.items() if len(rows_of)]
+    return [_pair(figures[0][key].name, pairs[key], labels) for key in compared], by_class, left_out
 
 
 def _reason(key: str, figures: list[AttackFigures | None], same_precision: bool) -> str | None:
@@ -141,7 +145,7 @@ def _cascade(figures: AttackFigures) -> list[str]:
     return [attack.name for attack in figures.attacks or ()]
 
 
-def _pair(key: str, name: str, pairs: pd.DataFrame, labels: "pd.Series[str]") -> AttackPair:
+def _pair(name: str, pairs: pd.DataFrame, labels: "pd.Series[str]") -> AttackPair:
     """Out of the rows that `paired.pair` makes: A is its challenger."""
     a, b = pairs["challenger"], pairs["champion"]
     only_a, only_b = (sorted(int(image) for image in pairs.index[side]) for side in (a & ~b, b & ~a))
@@ -151,7 +155,6 @@ def _pair(key: str, name: str, pairs: pd.DataFrame, labels: "pd.Series[str]") ->
     ]
     counts = len(only_a), len(only_b)
     return AttackPair(
-        key=key,
         name=name,
         images=len(pairs),
         a=float(a.mean()),

@@ -9,6 +9,10 @@ from tasks.reporting import charts, rendering
 
 def write(comparison: VersionComparison, path: Path) -> None:
     """Write the page, which needs no other file; the same comparison gives the same bytes."""
-    reach = 1.1 * max((abs(bound) for row in comparison.attacks for bound in row.interval), default=0.0) or 1.0
-    plots = [charts.difference(row.difference, row.interval, reach) for row in comparison.attacks]
+    pairs = [*comparison.attacks, *comparison.classes]
+    reach = 1.1 * max((abs(bound) for row in pairs for bound in row.interval), default=0.0) or 1.0
+    plots = {
+        name: [charts.difference(row.difference, row.interval, reach) for row in rows]
+        for name, rows in (("attacks", comparison.attacks), ("classes", comparison.classes))
+    }
     files.write_text(path, rendering.render("compare.html.j2", {"comparison": comparison, "plots": plots}))

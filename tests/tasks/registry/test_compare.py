@@ -73,6 +73,9 @@ def test_the_table_has_the_paired_figures(project: Project, compare: Callable[[o
     assert float(worst[6]) == pytest.approx(2 * sign_test(6, 0), rel=0.05)
     assert [table["clean"][i] for i in (0, 4, 5, 6)] == ["20", "1", "0", "1"]
     assert [table["AutoAttack standard"][i] for i in (0, 4, 5, 6)] == ["10", "0", "0", "1"]
+    # Images 0 and 10 are zeros, 9 and 19 nines: under the worst attack, image 10 alone changes sides.
+    assert [table["digit 0"][i] for i in (0, 1, 2, 4, 5, 6)] == ["2", "50.00%", "100.00%", "0", "1", "1"]
+    assert [table["digit 9"][i] for i in (0, 1, 2, 4, 5, 6)] == ["2", "50.00%", "50.00%", "0", "0", "1"]
     assert table["train.epochs"] == ["1", "7"]
     assert table["weights_sha256"] == [project.version(number).tags["weights_sha256"] for number in (1, 2)]
     assert "evaluation.settings_hash" not in table
@@ -127,6 +130,8 @@ def test_the_page_in_a_browser(
     assert "version 2 beside version 1" in page.title()
     worst = page.locator("#attacks tbody tr").last
     assert "80.0%" in worst.inner_text()
+    assert page.locator("#classes tbody tr").count() == 10
+    assert "100.0%" in page.locator("#classes tbody tr").first.inner_text()
     changed = page.locator("#images details[open] tbody tr")
     # The test images are of the classes 0 to 9, twice; images 10 to 15 changed sides.
     assert changed.all_inner_texts() == [f"digit {label}\t{10 + label}\t—" for label in range(6)]
