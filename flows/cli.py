@@ -16,6 +16,7 @@ from flows import (
     gc_command,
     lineage_command,
     pipeline_commands,
+    predict_command,
     registry_commands,
     reproduce_command,
 )
@@ -34,6 +35,7 @@ for command in (
     pipeline_commands.use,
     pipeline_commands.status,
     evaluate_command.evaluate,
+    predict_command.predict,
     registry_commands.promote,
     approve_command.approve,
     registry_commands.rollback,

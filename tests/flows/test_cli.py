@@ -22,7 +22,7 @@ from tasks.registry import status
 from tasks.registry.status import RegistryStatus
 
 COMMANDS = (
-    *("run", "stage", "evaluate", "use", "status"),
+    *("run", "stage", "evaluate", "predict", "use", "status"),
     *("approve", "promote", "rollback", "release", "models", "history", "compare", "lineage", "reproduce", "gc"),
 )
 
