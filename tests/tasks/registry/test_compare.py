@@ -16,6 +16,7 @@ from tasks.config.settings import Settings
 from tasks.registry import versions
 
 pytestmark = pytest.mark.slow
+Compare = Callable[[object, object], str]  # versions to the output
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def project(
 
 
 @pytest.fixture
-def compare(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[object, object], str]:
+def compare(project: Project, monkeypatch: pytest.MonkeyPatch) -> Compare:
     monkeypatch.setattr("tasks.config.settings.load", lambda path: project.settings)
 
     def compare(a: object, b: object) -> str:
@@ -56,7 +57,7 @@ def register_attacked_with(project: Project, seed: int, **figures: Any) -> int:
     return versions.register(project.settings, project.paths)
 
 
-def test_the_table_has_the_paired_figures(project: Project, compare: Callable[[object, object], str]) -> None:
+def test_the_table_has_the_paired_figures(project: Project, compare: Compare) -> None:
     project.register(0, clean=0.95, worst=0.5, autoattack=0.4)
     project.with_settings(train={"epochs": 7})
     project.register(1, clean=0.9, worst=0.8, autoattack=0.4)
@@ -86,7 +87,7 @@ def test_the_table_has_the_paired_figures(project: Project, compare: Callable[[o
     assert compare(1, "staging") == "error: digits has no version @staging. `d2r models` lists them."
 
 
-def test_what_cannot_be_compared_is_named_or_refused(project: Project, compare: Callable[[object, object], str]) -> None:
+def test_what_cannot_be_compared_is_named_or_refused(project: Project, compare: Compare) -> None:
     project.register(0, worst=0.5)
     project.with_settings(evaluate={"steps": 3})
     register_attacked_with(project, seed=1, eps=0.2, steps=3)
@@ -112,9 +113,7 @@ def test_what_cannot_be_compared_is_named_or_refused(project: Project, compare: 
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
-def test_the_page_in_a_browser(
-    project: Project, compare: Callable[[object, object], str], browser: Any, colours: str
-) -> None:
+def test_the_page_in_a_browser(project: Project, compare: Compare, browser: Any, colours: str) -> None:
     project.register(0, worst=0.5)
     project.register(1, worst=0.8)
     compare(2, 1)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from mlflow_server import model_server
 from PIL import Image
 from registry_project import CLASSES, NAME, Project, logged_model_folder, logits, make_project
 from typer.testing import CliRunner
@@ -69,7 +70,7 @@ def save_photos(folder: Path) -> dict[str, npt.NDArray[np.uint8]]:
 
 
 def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def expected_logits(project: Project, images: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
@@ -97,6 +98,11 @@ def test_a_folder_is_classified_as_by_the_served_champion(project: Project, tmp_
     np.testing.assert_array_equal(table["probability"], table[PROBABILITIES].max(axis=1))
     assert set(table["version"]) == {version}
     assert set(table["weights_sha256"]) == {project.version(version).tags["weights_sha256"]}
+    with model_server(f"models:/{NAME}@champion") as client:
+        inputs = [image.tolist() for image in prepared.values()]
+        rows = client.post("/invocations", json={"inputs": inputs}).json()["predictions"]
+    assert [row["label"] for row in rows] == list(table["label"])
+    np.testing.assert_allclose(table[PROBABILITIES], [row["probabilities"] for row in rows], rtol=0, atol=1e-6)
     first = OUT.read_bytes()
     assert predict("photos").exit_code == 0
     assert OUT.read_bytes() == first
