@@ -107,10 +107,10 @@ def history() -> None:
     """List every move of @champion and @challenger, the newest first."""
     from rich.table import Table
 
-    from tasks.registry import moves, status
+    from tasks.registry import status
 
     settings, paths = project()
-    entries = moves.read_history(settings, paths, alias=None) if status.store_exists(settings, paths) else []
+    entries = status.read_history(settings, paths, alias=None)
     if not entries:
         typer.echo("No alias has moved yet: `d2r run` registers a version.")
         return

@@ -25,6 +25,7 @@ from flows.promotion import PromotionResult
 from tasks import prefect_tasks
 from tasks.pipeline import dvc
 from tasks.registry import champion_comparison
+from tasks.registry.decision import Rule
 from tasks.registry.gate import Verdict
 from tasks.registry.status import RegistryStatus
 from tasks.tracking.errors import UnavailableError
@@ -47,7 +48,8 @@ def project(prefect_server: None, finished_project: Path, monkeypatch: pytest.Mo
 
 
 def fake_gate(monkeypatch: pytest.MonkeyPatch, *, passed: bool) -> None:
-    verdict = Verdict(passed, ("Clean accuracy is 97.5%.",))
+    rule = Rule(name="robust", verdict="undecided", reason="0.9 against 0.8.", interval=(-0.01, 0.21))
+    verdict = Verdict(passed, ("Clean accuracy is 97.5%.",), (rule,))
     result = PromotionResult(3, "champion" if passed else "challenger", verdict)
     monkeypatch.setattr(module, "promotion", lambda settings, paths: result)
 
@@ -123,6 +125,7 @@ def test_a_model_that_does_not_pass_completes_the_flow(project: Path, monkeypatc
     run, _ = last_run()
     assert run.state
     assert run.state.is_completed()
+    assert "| robust | undecided | -1.00% to +21.00% | 0.9 against 0.8. |" in artifact_text(run)
     assert "**Gate not passed**\n\n- Clean accuracy is 97.5%." in artifact_text(run)
 
 
