@@ -38,7 +38,7 @@ class Predictions(NamedTuple):
 
 
 def predict_folder(model: ClientModel, folder: Path, out: Path) -> Predictions:
-    """Classify every file in a folder and the folders in it, hidden ones excepted, and write `out`, a row an image.
+    """Classify the files in a folder and in those below it, hidden ones excepted; write `out` with a row for each image.
 
     Columns: `file` (its path in the folder), `label`, `probability` (of the label), `probability_CLASS` for each class,
     `version` (missing for a checkpoint) and `weights_sha256`. The rows are in the order of the paths. Memory does not
@@ -51,8 +51,8 @@ def predict_folder(model: ClientModel, folder: Path, out: Path) -> Predictions:
         raise UserError(f"{folder}: there is no such folder. Give a folder of images.")
     if out.is_dir():
         raise UserError(f"{out}: is a folder. Name a file: --out NAME.parquet.")
-    samples, unusable, predicted = _samples(folder), [], 0
-    tables = _tables(_usable(samples, model, unusable), model)
+    unusable: list[tuple[str, str]] = []
+    tables, predicted = _tables(_usable(_samples(folder), model, unusable), model), 0
     try:
         with files.atomic(out) as temporary, pyarrow.parquet.ParquetWriter(temporary, _schema(model)) as writer:
             for group in _batches(tables, _ROW_GROUP // _BATCH):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import photos
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from click.testing import Result
 from mlflow_server import model_server
 from PIL import Image
 from registry_project import CLASSES, NAME, Project, logged_model_folder, logits, make_project
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from d2r_core import checkpoint
 from flows.cli import app
 from tasks.config.settings import Settings
 from tasks.registry import batch_prediction
+from tasks.registry.client_model import ClientModel, Preparation
+from tasks.registry.servable import ServedModel
 
 pytestmark = pytest.mark.slow
 PROBABILITIES = [f"probability_{name}" for name in CLASSES]
@@ -212,10 +215,9 @@ def test_a_checkpoint_without_a_registry(project: Project, tmp_path: Path) -> No
     assert table["version"].isna().all()
 
 
-def test_memory_does_not_grow_with_the_folder(
+def test_many_batches_are_in_order_and_in_groups_of_rows(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many batches and several row groups: every image once, in order, with few of them between decoder and model."""
     monkeypatch.setattr(batch_prediction, "_BATCH", 8)
     monkeypatch.setattr(batch_prediction, "_ROW_GROUP", 32)
     (tmp_path / "photos").mkdir()
@@ -231,6 +233,28 @@ def test_memory_does_not_grow_with_the_folder(
     expected = torch.from_numpy(expected_logits(project, [pixels(image) for image in images])).double().softmax(1)
     np.testing.assert_allclose(table[PROBABILITIES], expected, atol=1e-6)
     assert pd.read_parquet(OUT, filters=[("file", "==", "050.png")]).shape[0] == 1
-    import pyarrow.parquet
-
     assert [pyarrow.parquet.ParquetFile(OUT).metadata.row_group(i).num_rows for i in range(4)] == [32, 32, 32, 4]
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    size, kib = 64, 3 * 64 * 64 / 1024  # of a decoded image
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, 2))
+    prepare = Preparation.of("image_folder", "stretch", "convert")
+    model = ClientModel(ServedModel(network, ["a", "b"], size), ["a", "b"], size, prepare, None, "0")
+    peaks = []
+    for count in (1000, 3000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        content = io.BytesIO()
+        photos.photo(0, size=(size, size)).save(content, "PNG")
+        for number in range(count):
+            (folder / f"{number}.png").write_bytes(content.getvalue())
+        tracemalloc.start()
+        try:
+            result = batch_prediction.predict_folder(model, folder, tmp_path / "out.parquet")
+            peaks.append(tracemalloc.get_traced_memory()[1] / 1024)
+        finally:
+            tracemalloc.stop()
+        assert result == (count, [])
+    # The paths of 2000 more files are far below 1 KiB each; their pixels would be 24 MiB.
+    assert peaks[1] - peaks[0] < 2000 * 2 < 2000 * kib
