@@ -38,7 +38,7 @@ class Predictions(NamedTuple):
 
 
 def predict_folder(model: ClientModel, folder: Path, out: Path) -> Predictions:
-    """Classify the files in a folder and in those below it, hidden ones excepted; write `out` with a row for each image.
+    """Classify the files in a folder and in those below it, hidden ones excepted, and write `out`, a row an image.
 
     Columns: `file` (its path in the folder), `label`, `probability` (of the label), `probability_CLASS` for each class,
     `version` (missing for a checkpoint) and `weights_sha256`. The rows are in the order of the paths. Memory does not
