@@ -31,6 +31,7 @@ from tasks.registry.status import RegistryStatus
 from tasks.tracking.errors import UnavailableError
 
 pytestmark = pytest.mark.slow
+RULE = Rule(name="robust", verdict="undecided", reason="0.9 against 0.8.", interval=(-0.01, 0.21))
 
 
 @pytest.fixture
@@ -48,8 +49,7 @@ def project(prefect_server: None, finished_project: Path, monkeypatch: pytest.Mo
 
 
 def fake_gate(monkeypatch: pytest.MonkeyPatch, *, passed: bool) -> None:
-    rule = Rule(name="robust", verdict="undecided", reason="0.9 against 0.8.", interval=(-0.01, 0.21))
-    verdict = Verdict(passed, ("Clean accuracy is 97.5%.",), (rule,))
+    verdict = Verdict(passed, ("Clean accuracy is 97.5%.",), (RULE,))
     result = PromotionResult(3, "champion" if passed else "challenger", verdict)
     monkeypatch.setattr(module, "promotion", lambda settings, paths: result)
 
@@ -98,7 +98,7 @@ def artifact_text(run: FlowRun) -> str:
 def test_every_stage_is_a_task_with_its_output_in_its_log(project: Path, logged: list[tuple[str, str]]) -> None:
     result = module.retrain()
 
-    assert result == PromotionResult(3, "champion", Verdict(True, ("Clean accuracy is 97.5%.",)))
+    assert result == PromotionResult(3, "champion", Verdict(True, ("Clean accuracy is 97.5%.",), (RULE,)))
     run, tasks = last_run()
     assert run.name.startswith("retrain 20")
     assert [(task.name, task.state and task.state.message) for task in tasks] == [
