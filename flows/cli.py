@@ -10,11 +10,13 @@ import typer
 from d2r_core.errors import UserError
 from flows import (
     approve_command,
+    compare_command,
     data_commands,
     evaluate_command,
     gc_command,
     lineage_command,
     pipeline_commands,
+    predict_command,
     registry_commands,
     reproduce_command,
 )
@@ -33,12 +35,14 @@ for command in (
     pipeline_commands.use,
     pipeline_commands.status,
     evaluate_command.evaluate,
+    predict_command.predict,
     registry_commands.promote,
     approve_command.approve,
     registry_commands.rollback,
     registry_commands.release,
     registry_commands.models,
     registry_commands.history,
+    compare_command.compare,
     gc_command.gc,
     lineage_command.lineage,
     reproduce_command.reproduce,

@@ -167,7 +167,7 @@ def _print_results(settings: "Settings", paths: "Paths", registered: "RegistrySt
 
 
 def _print_decision(paths: "Paths") -> None:
-    """Print what the gate decided last, and a line for each rule that failed."""
+    """Print what the gate decided last, and a line for each of its rules, with figures and interval."""
     from tasks.registry.decision import Decision
 
     if not paths.decision.is_file():
@@ -175,8 +175,7 @@ def _print_decision(paths: "Paths") -> None:
     decision = Decision.read(paths.decision)
     typer.echo(f"{'gate':<12}version {decision.version} {'passed' if decision.passed else 'failed'}")
     for rule in decision.rules:
-        if rule.verdict == "failed":
-            typer.echo(f"{'':<12}{rule.reason}")
+        typer.echo(f"{'':<12}{rule.verdict:<10} {rule.reason}")
 
 
 def _stage_states(paths: "Paths") -> list[tuple[str, str]]:

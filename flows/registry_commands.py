@@ -88,7 +88,7 @@ def models() -> None:
             *(f"{float(tags[key]):.1%}" if key in tags else "" for key in ("clean_accuracy", "robust_accuracy")),
             f"{datetime.fromtimestamp(version.creation_timestamp / 1000):%Y-%m-%d %H:%M}",
         )
-    _print(table)
+    print_table(table)
 
 
 def _hold(version: "ModelVersion", versions: "list[ModelVersion]") -> str:
@@ -107,10 +107,10 @@ def history() -> None:
     """List every move of @champion and @challenger, the newest first."""
     from rich.table import Table
 
-    from tasks.registry import moves, status
+    from tasks.registry import status
 
     settings, paths = project()
-    entries = moves.read_history(settings, paths, alias=None) if status.store_exists(settings, paths) else []
+    entries = status.read_history(settings, paths, alias=None)
     if not entries:
         typer.echo("No alias has moved yet: `d2r run` registers a version.")
         return
@@ -129,10 +129,10 @@ def history() -> None:
             move.evidence,
             move.run_id or "",
         )
-    _print(table)
+    print_table(table)
 
 
-def _print(table: object) -> None:
+def print_table(table: object) -> None:
     """Print a table; markup in a reason or a name is text."""
     from rich.console import Console
 

@@ -8,8 +8,15 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import httpx
+import mlflow
+from project import ROOT, clean_environment
+
+STARTUP_SECONDS = 120  # of a model server, on a busy machine; an idle one takes a few seconds
 
 
 def free_port() -> int:
@@ -97,3 +104,39 @@ class Proxy:
                 if not (responses and self.stalled.is_set()):
                     sink.sendall(content)
             sink.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def model_server(model: str) -> Iterator[httpx.Client]:
+    """`mlflow models serve` of a model such as models:/NAME@champion, in the present store; a client of its address."""
+    port = free_port()
+    command = Path(sys.executable).with_name("mlflow")
+    process = subprocess.Popen(
+        [command, "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port)],
+        env=clean_environment(
+            MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
+            PATH=f"{command.parent}:{os.environ['PATH']}",
+            PYTHONPATH=str(ROOT),
+        ),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            deadline = time.monotonic() + STARTUP_SECONDS
+            while not _answers(client):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            yield client
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # the worker outlives its parent
+        process.wait()
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ping").is_success
+    except httpx.TransportError:
+        return False

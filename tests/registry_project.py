@@ -23,7 +23,7 @@ from d2r_core.data import Split
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.registry import gate, moves, versions
+from tasks.registry import gate, moves, status, versions
 from tasks.tracking import connection, runs
 from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import MetricsLog
@@ -164,7 +164,7 @@ class Project:
 
     def history(self) -> list[tuple[int | None, int]]:
         """From which version to which, oldest first."""
-        entries = moves.read_history(self.settings, self.paths)
+        entries = status.read_history(self.settings, self.paths)
         return [(entry.move.from_version, entry.move.to_version) for entry in entries]
 
     def champion(self) -> int | None:

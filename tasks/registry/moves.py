@@ -115,12 +115,6 @@ def release(settings: Settings, paths: Paths, version: int, *, who: str) -> bool
     return released
 
 
-def read_history(settings: Settings, paths: Paths, alias: str | None = history.ALIAS) -> list[history.Entry]:
-    """Every move of @champion, or of another alias (None: of every one), oldest first."""
-    with connect(settings, paths) as client:
-        return history.entries(client, settings.promote.model_name, alias)
-
-
 def hold_of(client: "MlflowClient", version: "ModelVersion") -> str | None:
     """Why, when and by whom the version, or another one of the same weights, was put on hold; None if it is not."""
     for other in _same_weights(client, version):

@@ -9,6 +9,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Identity, RobustnessReport
 from tasks.pipeline import dvc
+from tasks.registry import history
 from tasks.registry.decision import Approval
 from tasks.tracking import connection, errors
 from tasks.tracking.uri import tracking_uri
@@ -105,6 +106,21 @@ def all_versions(settings: Settings, paths: Paths) -> list["ModelVersion"]:
             token = page.token
             if not token:
                 return sorted(versions, key=lambda version: int(version.version), reverse=True)
+
+
+def read_history(settings: Settings, paths: Paths, alias: str | None = history.ALIAS) -> list[history.Entry]:
+    """Every move of @champion, or of another alias (None: of every one), oldest first.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    if not store_exists(settings, paths):
+        return []
+    connection.configure(settings, paths)
+    from mlflow import MlflowClient
+
+    with errors.readable_errors():
+        return history.entries(MlflowClient(), settings.promote.model_name, alias)
 
 
 def store_exists(settings: Settings, paths: Paths) -> bool:

@@ -136,6 +136,21 @@ def find_version(client: "MlflowClient", name: str, version: int) -> "ModelVersi
         return None
 
 
+def get_referenced(client: "MlflowClient", name: str, reference: str) -> "ModelVersion":
+    """The version that a person names by its number or an alias: "6", "champion" or "@champion".
+
+    Raises:
+        UserError: there is none.
+    """
+    alias = reference.removeprefix("@")
+    number = int(reference) if reference.isdecimal() else resolve_alias(client, name, alias)
+    registered = None if number is None else find_version(client, name, number)
+    if registered is None:
+        missing = f"version {number}" if reference.isdecimal() else f"version @{alias}"
+        raise UserError(f"{name} has no {missing}. `d2r models` lists them.")
+    return registered
+
+
 def _evaluated(paths: Paths) -> tuple[dict[str, Any], RobustnessReport]:
     """The target checkpoint's JSON and robustness.json, once everything is there and belongs together."""
     for path in (paths.report, paths.model_card, paths.robustness, paths.examples, paths.validation, paths.target):

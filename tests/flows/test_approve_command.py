@@ -18,7 +18,7 @@ from project import ROOT, clean_environment
 from registry_project import Project, make_project
 
 from tasks.config.settings import Settings
-from tasks.registry import history, moves
+from tasks.registry import history, moves, status
 from tasks.registry.decision import Approval
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def approval(project: Project, version: int = 1) -> Approval:
 
 
 def moves_of_the_champion(project: Project) -> list[tuple[int, str, str, str]]:
-    entries = moves.read_history(project.settings, project.paths)
+    entries = status.read_history(project.settings, project.paths)
     return [(entry.move.to_version, entry.move.command, entry.move.who, entry.move.reason) for entry in entries]
 
 

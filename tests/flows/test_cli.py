@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 from flows import cli, pipeline_commands
 from tasks.pipeline import dvc
 from tasks.registry import status
+from tasks.registry.decision import Decision, Rule
 from tasks.registry.status import RegistryStatus
 
 COMMANDS = (
-    *("run", "stage", "evaluate", "use", "status"),
-    *("approve", "promote", "rollback", "release", "models", "history", "lineage", "reproduce", "gc"),
+    *("run", "stage", "evaluate", "predict", "use", "status"),
+    *("approve", "promote", "rollback", "release", "models", "history", "compare", "lineage", "reproduce", "gc"),
 )
 
 
@@ -203,6 +204,35 @@ def test_status_shows_what_changed_and_what_waits_for_it(project: Path) -> None:
     lines = d2r("status", cwd=project).stdout.splitlines()
 
     assert lines[:2] == ["first       outdated: input.txt modified", "second      waits for first"]
+
+
+@pytest.mark.slow
+def test_status_shows_every_rule_of_the_gate(project: Path) -> None:
+    rules = (
+        Rule(
+            name="clean_accuracy", verdict="passed", reason="Clean accuracy 95.00% is enough.", figures={"accuracy": 1}
+        ),
+        Rule(name="robust_accuracy", verdict="failed", reason="Between -3.00% and +1.00%.", interval=(-0.03, 0.01)),
+        Rule(name="autoattack", verdict="undecided", reason="Too few images."),
+    )
+    Decision(
+        model_name="digits",
+        version=4,
+        passed=False,
+        weights_sha256="w",
+        data_hash="d",
+        evaluation_hash="e",
+        champion=3,
+        champion_predictions="recorded",
+        confidence=0.95,
+        margin=0.02,
+        rules=rules,
+    ).write(project / "reports/decision.json")
+
+    output = d2r("status", cwd=project).stdout
+
+    listed = "".join(f"{'':<12}{rule.verdict:<10} {rule.reason}\n" for rule in rules)
+    assert f"gate        version 4 failed\n{listed}" in output
 
 
 @pytest.mark.slow

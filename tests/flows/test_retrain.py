@@ -28,11 +28,13 @@ from tasks import prefect_tasks
 from tasks.config.paths import Paths
 from tasks.pipeline import dvc, process
 from tasks.registry import champion_comparison, status
+from tasks.registry.decision import Rule
 from tasks.registry.gate import Verdict
 from tasks.registry.status import RegistryStatus
 from tasks.tracking.errors import UnavailableError
 
 pytestmark = pytest.mark.slow
+RULE = Rule(name="robust", verdict="undecided", reason="0.9 against 0.8.", interval=(-0.01, 0.21))
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def project(prefect_server: None, finished_project: Path, monkeypatch: pytest.Mo
 
 
 def fake_gate(monkeypatch: pytest.MonkeyPatch, *, passed: bool) -> None:
-    verdict = Verdict(passed, ("Clean accuracy is 97.5%.",))
+    verdict = Verdict(passed, ("Clean accuracy is 97.5%.",), (RULE,))
     result = PromotionResult(3, "champion" if passed else "challenger", verdict)
     monkeypatch.setattr(retraining, "promotion", lambda settings, paths: result)
 
@@ -99,7 +101,7 @@ def artifact_text(run: FlowRun) -> str:
 def test_every_stage_is_a_task_with_its_output_in_its_log(project: Path, logged: list[tuple[str, str]]) -> None:
     result = module.retrain()
 
-    assert result == PromotionResult(3, "champion", Verdict(True, ("Clean accuracy is 97.5%.",)))
+    assert result == PromotionResult(3, "champion", Verdict(True, ("Clean accuracy is 97.5%.",), (RULE,)))
     run, tasks = last_run()
     assert run.name.startswith("retrain 20")
     assert [(task.name, task.state and task.state.message) for task in tasks] == [
@@ -126,6 +128,7 @@ def test_a_model_that_does_not_pass_completes_the_flow(project: Path, monkeypatc
     run, _ = last_run()
     assert run.state
     assert run.state.is_completed()
+    assert "| robust | undecided | -1.00% to +21.00% | 0.9 against 0.8. |" in artifact_text(run)
     assert "**Gate not passed**\n\n- Clean accuracy is 97.5%." in artifact_text(run)
 
 

@@ -16,7 +16,7 @@ from project import ROOT
 from registry_project import NAME, Project, make_project
 
 from tasks.config.settings import Settings
-from tasks.registry import history, lock, moves
+from tasks.registry import history, lock, status
 from tasks.tracking import connection
 
 pytestmark = pytest.mark.slow
@@ -125,7 +125,7 @@ def check_chain(project: Project, numbers: list[int]) -> None:
     assert {to for _, to in chain} == set(numbers)
     assert [came_from for came_from, _ in chain] == [None, *(to for _, to in chain[:-1])]
     assert project.champion() == chain[-1][1]
-    entries = moves.read_history(project.settings, project.paths)
+    entries = status.read_history(project.settings, project.paths)
     assert all(entry.outcome == history.COMPLETED for entry in entries)
     assert [entry.move.previous for entry in entries] == [None, *(entry.key for entry in entries[:-1])]
 
@@ -156,4 +156,4 @@ def test_the_lease_of_a_dead_process_is_taken_over_once(project: Project, monkey
     assert most == 1
     assert sorted(order) == [0, 1, 2]
     assert [model.name for model in client.search_registered_models()] == [NAME]
-    assert moves.read_history(project.settings, project.paths) == []
+    assert status.read_history(project.settings, project.paths) == []

@@ -14,7 +14,7 @@ from project import ROOT
 from registry_project import NAME, Project, make_project
 
 from tasks.config.settings import Settings
-from tasks.registry import history, moves
+from tasks.registry import history, moves, status
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_an_entry_says_who_when_why_and_on_which_evidence(project: Project) -> N
     version = project.register()
     verdict = project.judge(version)
     project.promote(version, force=False)
-    (entry,) = moves.read_history(project.settings, project.paths)
+    (entry,) = status.read_history(project.settings, project.paths)
     assert entry.outcome == history.COMPLETED
     move = entry.move
     assert (move.alias, move.from_version, move.to_version) == ("champion", None, 1)
@@ -83,7 +83,7 @@ def test_entries_are_added_and_never_changed(project: Project) -> None:
         tags = dict(mlflow.MlflowClient().get_registered_model(NAME).tags)
         assert before.items() < tags.items()
         before = tags
-    entries = moves.read_history(project.settings, project.paths)
+    entries = status.read_history(project.settings, project.paths)
     assert project.history() == [(None, 1), (1, 2), (2, 1), (1, 2)]
     assert [entry.move.previous for entry in entries] == [None, *(entry.key for entry in entries[:-1])]
 
@@ -97,7 +97,7 @@ def test_a_move_by_hand_is_recorded_by_the_next_command(project: Project) -> Non
     client.set_registered_model_alias(NAME, "champion", "3")
     assert project.rollback().champion == 2
     assert project.history() == [(None, 1), (1, 2), (2, 3), (3, 2)]
-    commands = [entry.move.command for entry in moves.read_history(project.settings, project.paths)]
+    commands = [entry.move.command for entry in status.read_history(project.settings, project.paths)]
     assert commands == ["outside d2r", "promote", "outside d2r", "rollback"]
 
 
@@ -108,7 +108,7 @@ def test_moves_of_the_challenger_are_recorded_and_change_nothing_for_the_champio
     mlflow.MlflowClient().set_registered_model_alias(NAME, "challenger", "1")  # by hand
     project.promote(project.register(2))
 
-    entries = moves.read_history(project.settings, project.paths, alias="challenger")
+    entries = status.read_history(project.settings, project.paths, alias="challenger")
 
     assert [(entry.move.from_version, entry.move.to_version) for entry in entries] == [
         (None, 1),
@@ -120,10 +120,10 @@ def test_moves_of_the_challenger_are_recorded_and_change_nothing_for_the_champio
     assert {entry.outcome for entry in entries} == {history.COMPLETED}
     assert entries[0].move.who == history.local_user()
     assert project.history() == [(None, 1), (1, 3)]
-    assert history.champions(moves.read_history(project.settings, project.paths, alias=None)) == [1, 3]
+    assert history.champions(status.read_history(project.settings, project.paths, alias=None)) == [1, 3]
     assert project.rollback().champion == 1
     # The keys tell the order of all moves.
-    everything = moves.read_history(project.settings, project.paths, alias=None)
+    everything = status.read_history(project.settings, project.paths, alias=None)
     assert [entry.move.alias[:5] for entry in everything] == [
         "chall",
         "champ",
@@ -149,7 +149,7 @@ def test_a_killed_registration_is_completed(project: Project) -> None:
     assert project.register(1) == 2
 
     assert project.challenger() == 2
-    last = moves.read_history(project.settings, project.paths, alias="challenger")[-1]
+    last = status.read_history(project.settings, project.paths, alias="challenger")[-1]
     assert (last.move.who, last.outcome) == ("killed", "completed")
 
 
@@ -159,7 +159,7 @@ def test_a_killed_move_is_completed_by_the_next_command(project: Project, when: 
     project.register(1)
     run_killed(project, "promote", when)
     assert project.champion() == (2 if when == "after" else 1)
-    assert [entry.outcome for entry in moves.read_history(project.settings, project.paths)] == ["completed", None]
+    assert [entry.outcome for entry in status.read_history(project.settings, project.paths)] == ["completed", None]
     assert not project.promote(2)  # completed, and not once more
     assert project.champion() == 2
 
@@ -167,7 +167,7 @@ def test_a_killed_move_is_completed_by_the_next_command(project: Project, when: 
     assert project.rollback() == moves.Rollback(left=2, champion=1)  # and not further back
     assert "hold" in project.version(2).tags
     assert project.history() == [(None, 1), (1, 2), (2, 1)]
-    entries = moves.read_history(project.settings, project.paths)
+    entries = status.read_history(project.settings, project.paths)
     assert [(entry.outcome, entry.move.who) for entry in entries[1:]] == [("completed", "killed")] * 2
 
 
@@ -178,6 +178,6 @@ def test_an_intent_whose_version_is_gone_does_not_block(project: Project) -> Non
     intent = history.Move(to_version=7, from_version=1, who="killed", command="promote", reason="r")
     history._append(client, NAME, intent)
     assert project.promote(2)
-    entries = moves.read_history(project.settings, project.paths)
+    entries = status.read_history(project.settings, project.paths)
     assert [entry.outcome for entry in entries] == ["completed", "abandoned", "completed"]
     assert project.rollback().champion == 1

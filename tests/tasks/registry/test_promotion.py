@@ -12,7 +12,7 @@ from prefect.states import Failed
 from registry_project import Project, make_project
 
 from d2r_core.errors import UserError
-from flows import pipeline_commands, promotion, summary
+from flows import promotion
 from tasks import prefect_tasks
 from tasks.config.settings import Settings
 from tasks.tracking import errors
@@ -66,13 +66,3 @@ def test_only_a_server_that_is_away_is_tried_again(task: Task[..., object]) -> N
         return condition(task, None, away), condition(task, None, refused)
 
     assert asyncio.run(answers()) == (True, False)
-
-
-def test_the_rules_are_shown_in_status_and_artifact(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    verdict = project.judge(project.register(worst=0.0))
-    capsys.readouterr()
-    pipeline_commands._print_decision(project.paths)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "gate        version 1 failed"
-    assert [line.strip() for line in lines[1:]] == list(verdict.reasons)
-    assert "| above_chance | failed |  | Robust accuracy 0.00% of 20 images" in summary.rules_markdown(verdict.rules)

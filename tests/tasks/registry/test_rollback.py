@@ -1,9 +1,13 @@
 """A rollback holds: what it leaves is on hold, and no automatic run promotes it again until it is released."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import scratch_project as scratch
+import yaml
 from registry_project import Project, make_project
 from typer.testing import CliRunner
 
@@ -11,7 +15,7 @@ from d2r_core.errors import UserError
 from flows import promotion
 from flows.cli import app
 from tasks.config.settings import Settings
-from tasks.registry import moves, versions
+from tasks.registry import moves, status, versions
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +106,7 @@ def test_only_a_forced_promotion_takes_a_refused_version(project: Project) -> No
     project.rollback()
     assert project.promote(second, force=True)  # which ends the hold
     assert "hold" not in project.version(second).tags
-    entries = moves.read_history(project.settings, project.paths)
+    entries = status.read_history(project.settings, project.paths)
     assert [entry.move.forced for entry in entries] == [False, True, False, True]
 
 
@@ -132,12 +136,32 @@ def test_commands(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rollback" in rows[0]
     assert "a [new] one" in rows[1]
     assert "the first" in rows[2]
+    moved = [line.split("│")[2].strip() for line in d2r("history").splitlines() if "│" in line]
+    assert list(filter(None, moved)) == ["@champion", "@champion", "@champion", "@challenger", "@challenger"]
     assert d2r("release", "2") == "digits version 2 is released.\n"
     assert d2r("release", "2") == "digits version 2 is not on hold.\n"
     for arguments in (("promote", "7", "--reason", "x"), ("rollback", "--to", "7", "--reason", "x"), ("release", "7")):
         assert d2r(*arguments) == "1 digits has no version 7. `d2r models` lists them."
     assert d2r("promote", "2", "--reason", " ").startswith("1 --reason needs a sentence")
     assert versions.champion(settings, project.paths) == 1
+
+
+@pytest.mark.parametrize("command", ["models", "history"])
+def test_a_list_needs_no_pytorch(project: Project, command: str) -> None:
+    project.promote(project.register(0))
+    project.paths.params.write_text(yaml.safe_dump(project.settings.model_dump(mode="json", by_alias=True)))
+    code = (
+        "import atexit, sys; from flows.cli import main; "
+        "atexit.register(lambda: print('torch:', 'torch' in sys.modules)); "
+        f"sys.argv = ['d2r', '{command}']; main()"
+    )
+    environment = {**scratch.environment(), "COLUMNS": "300"}
+
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert process.returncode == 0, process.stderr
+    assert "@champion" in process.stdout
+    assert process.stdout.endswith("torch: False\n")
 
 
 def test_models_shows_a_hold_on_every_version_of_the_weights(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,25 +3,19 @@
 import json
 import os
 import pickle
-import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import mlflow
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from mlflow.exceptions import MlflowException
-from project import ROOT, clean_environment, settings_from
+from mlflow_server import model_server
+from project import settings_from
 from registry_project import CLASSES, NAME, Project, images, logged_model_folder, logits, make_project
 
 from d2r_core import checkpoint
@@ -29,8 +23,6 @@ from d2r_core.errors import UserError
 from tasks.config.settings import Settings
 
 pytestmark = pytest.mark.slow
-
-STARTUP_SECONDS = 120  # on a busy machine; an idle one takes a few seconds
 
 
 @pytest.fixture
@@ -157,7 +149,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]
 
 def test_model_is_served_over_http(project: Project) -> None:
     project.register()
-    with server() as client:
+    with model_server(f"models:/{NAME}@challenger") as client:
         for x in (images(1), images(3)):
             response = client.post("/invocations", json={"inputs": x.tolist(), "params": {"logits": True}})
             rows = response.json()["predictions"]
@@ -188,42 +180,3 @@ def test_model_is_served_over_http(project: Project) -> None:
             assert response.status_code == 400
             assert response.json()["message"].startswith(message)
             assert "\n" not in response.json()["message"]
-
-
-@contextmanager
-def server() -> Iterator[httpx.Client]:
-    """The challenger, served by MLflow; a client of its address."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = Path(sys.executable).with_name("mlflow")
-    arguments = ("models", "serve", "-m", f"models:/{NAME}@challenger", "--env-manager", "local", "--port", str(port))
-    process = subprocess.Popen(
-        [command, *arguments],
-        env=clean_environment(
-            MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(),
-            PATH=f"{command.parent}:{os.environ['PATH']}",
-            PYTHONPATH=str(ROOT),
-        ),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            deadline = time.monotonic() + STARTUP_SECONDS
-            while not answers(client):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-            yield client
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the worker outlives its parent
-        process.wait()
-
-
-def answers(client: httpx.Client) -> bool:
-    try:
-        return client.get("/ping").is_success
-    except httpx.TransportError:
-        return False
