@@ -101,7 +101,7 @@ def status() -> None:
     if registered and registered.approval:
         typer.echo(f"{'approval':<12}{registered.approval.sentence(registered.version)}")
     typer.echo()
-    for label, path in (("report", paths.report), ("model card", paths.model_card)):
+    for label, path in (("report", paths.report), ("decision", paths.decision_page), ("model card", paths.model_card)):
         typer.echo(f"{label:<12}{path if path.exists() else 'not written yet'}")
     typer.echo(f"{'MLflow':<12}{public_uri(settings)}")
     typer.echo(f"{'DVC cache':<12}{cache_folder.result()}")
@@ -175,7 +175,7 @@ def _print_decision(paths: "Paths") -> None:
     decision = Decision.read(paths.decision)
     typer.echo(f"{'gate':<12}version {decision.version} {'passed' if decision.passed else 'failed'}")
     for rule in decision.rules:
-        typer.echo(f"{'':<12}{rule.verdict:<10} {rule.reason}")
+        typer.echo(f"{'':<12}{rule.verdict:<10} {rule.name}: {rule.reason}")
 
 
 def _stage_states(paths: "Paths") -> list[tuple[str, str]]:

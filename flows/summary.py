@@ -43,10 +43,11 @@ def markdown(report: RobustnessReport) -> str:
 
 def rules_markdown(rules: Sequence[Rule]) -> str:
     """The gate's rules as a table in Markdown; a row a rule."""
-    lines = [["rule", "verdict", "interval of the difference", "reason"], ["---"] * 4]
+    lines = [["rule", "verdict", "interval of the difference", "reason", "figures"], ["---"] * 5]
     for rule in rules:
         interval = "" if rule.interval is None else f"{rule.interval[0]:+.2%} to {rule.interval[1]:+.2%}"
-        lines.append([rule.name, rule.verdict, interval, rule.reason.replace("|", "\\|")])
+        figures = ", ".join(f"{name.replace('_', ' ')} {figure:.4g}" for name, figure in rule.figures.items())
+        lines.append([rule.name, rule.verdict, interval, rule.reason.replace("|", "\\|"), figures])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

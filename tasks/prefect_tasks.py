@@ -86,7 +86,7 @@ def promote(
             approval.approve(settings, paths, version, who=answer.who, reason=answer.reason)
     except moves.RefusedError as error:
         print(f"{name} version {version} is not promoted. {error}")
-        return Verdict(False, (str(error),))
+        return verdict._replace(passed=False, reasons=(str(error),))
     print(f"{name} version {version} is @champion")
     return verdict
 
@@ -103,7 +103,7 @@ def request_approval(
         requested = approval.request(settings, paths, version, who=_who())
     except moves.RefusedError as error:
         print(f"{settings.promote.model_name} version {version} is not promoted. {error}")
-        return Verdict(False, (str(error),)), None
+        return verdict._replace(passed=False, reasons=(str(error),)), None
     if requested is not None:
         print(requested.sentence(version))
     return verdict, requested
