@@ -28,8 +28,8 @@ def free_port() -> int:
 class Server:
     """`mlflow server` on its own port, with its own database."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder, self.port, self.environment = folder, free_port(), environment
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+        self.folder, self.port, self.arguments, self.environment = folder, free_port(), arguments, environment
         self.start()
 
     def start(self) -> None:
@@ -39,6 +39,7 @@ class Server:
                 *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
                 *("--artifacts-destination", str(self.folder / "artifacts")),
                 *("--host", "127.0.0.1", "--port", str(self.port)),
+                *self.arguments,
             ],
             cwd=self.folder,
             env={

@@ -148,6 +148,10 @@ class Project:
     def register(self, seed: int = 0, **figures: Any) -> int:
         self.train(seed)
         self.evaluate(**figures)
+        return self.register_present()
+
+    def register_present(self) -> int:
+        """Register what was trained and evaluated last."""
         return versions.register(self.settings, self.paths)
 
     def judge(self, version: int) -> gate.Verdict:

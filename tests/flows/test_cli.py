@@ -231,7 +231,7 @@ def test_status_shows_every_rule_of_the_gate(project: Path) -> None:
 
     output = d2r("status", cwd=project).stdout
 
-    listed = "".join(f"{'':<12}{rule.verdict:<10} {rule.reason}\n" for rule in rules)
+    listed = "".join(f"{'':<12}{rule.verdict:<10} {rule.name}: {rule.reason}\n" for rule in rules)
     assert f"gate        version 4 failed\n{listed}" in output
 
 
