@@ -297,7 +297,7 @@ def test_the_commands_of_the_readme_run_in_their_order(changeable: Project, tmp_
 
 
 def second_champion(reader: readme.Reader) -> None:
-    """As after two weeks: version 2 has the weights of the experiment, passed the gate, and is champion after version 1.
+    """As after two weeks: version 2, the experiment, passed the gate and is champion after version 1.
 
     These weights are too bad for the gate, so that its verdict is written by hand.
     """
