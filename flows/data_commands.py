@@ -1,10 +1,13 @@
 """`d2r data`: versions of a user's own data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tasks.config.paths import Paths
 
 _MAX_LISTED = 10  # entries of each kind
 
@@ -25,12 +28,13 @@ def add(
     from tasks.config.paths import Paths
     from tasks.pipeline import dataset_versions
 
-    folder, new = dataset_versions.add(path, name, Paths(), force=force)
+    paths = Paths()
+    folder, new = dataset_versions.add(path, name, paths, force=force)
     if not new:
         typer.echo(f"{folder} already has this content.")
         return
-    typer.echo(f"{folder} is tracked by DVC. To train on it: prepare.path: {folder} (params.yaml), then `d2r run`.")
-    typer.echo(f"To keep this version: git add {folder}.dvc, git commit, `dvc push`.")
+    for line in _next_steps(folder, paths):
+        typer.echo(line)
 
 
 @app.command("list")
@@ -64,6 +68,37 @@ def diff(
     for kind, names in (("added", changes.added), ("removed", changes.removed), ("relabelled", changes.relabelled)):
         _print_names(kind, names)
     typer.echo(f"same: {changes.unchanged}")
+
+
+def _next_steps(folder: Path, paths: "Paths") -> Iterator[str]:
+    """How to train on a new version and how to keep it, to paste: indented are settings and commands."""
+    from tasks.config import settings as settings_file
+    from tasks.pipeline import remote
+
+    prepare = settings_file.load(paths.params).prepare
+    yield f"{folder} is tracked by DVC."
+    wanted = {"source": "image_folder", "path": folder.as_posix()}
+    if {"source": prepare.source, "path": prepare.path} != wanted:
+        yield "To train on it, replace these lines in the section `prepare` of params.yaml:"
+        yield ""
+        yield from (f"  {key}: {value}" for key, value in wanted.items())
+        yield ""
+        yield f"Images become {prepare.image_size} x {prepare.image_size} pixels: `image_size` in the same section."
+    yield "To train:"
+    yield ""
+    yield "    d2r run"
+    yield ""
+    default = remote.default_remote(paths)
+    yield "To keep this version, and the settings that use it:"
+    yield ""
+    yield f"    git add {folder.as_posix()}.dvc {folder.parent.as_posix()}/.gitignore params.yaml"
+    yield f'    git commit -m "Data set {folder.name}"'
+    if default:
+        yield "    dvc push"
+        return
+    yield ""
+    yield "Its content is in DVC's cache here alone. To share it, name a remote once, a folder or a bucket"
+    yield "(`dvc remote add --default NAME URL`), then `dvc push`."
 
 
 def _print_names(kind: str, names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Accuracy under attack, image by image: the same for any batch size and any number of processes."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,16 @@ class Attack(Protocol):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """Adversarial images for x, (B, 3, H, W) in [0, 1], with labels (B,); `noise` is image_noise's."""
+
+
+class Progress(Protocol):
+    """What hears how far the attacks are; under torchrun from its own process alone."""
+
+    def begin(self, name: str, images: int, robust: int) -> None:
+        """An attack starts on `images` images, `robust` of which were robust so far."""
+
+    def advance(self, images: int, robust: int) -> None:
+        """The attack is through with `images` more, made now or cached; `robust` of these are robust to it."""
 
 
 class AttackResult(NamedTuple):
@@ -70,6 +80,7 @@ def run_attack(
     *,
     image_ids: Tensor | None = None,
     cost: AttackCost | None = None,
+    progress: Progress | None = None,
 ) -> AttackResult:
     """Attack every image of `split` and ask the model about the result; in eval mode, the mode is restored.
 
@@ -80,6 +91,7 @@ def run_attack(
         image_ids: the images' places in the test split, int64 (N,) on the CPU; by default 0 to N - 1. With the seed
             they determine the noise.
         cost: that of the attack is added to it; a cached batch costs what it took when it was made.
+        progress: hears of each finished batch.
     """
     spent = torch.zeros(3, dtype=torch.float64, device=config.device)
     result = AttackResult(
@@ -97,6 +109,8 @@ def run_attack(
             result.predictions[index] = logits.argmax(1)
             result.margins[index] = margin(logits, labels).float()
             result.distances[index] = norms.norm(x_adv.double() - x.double(), config.norm)
+            if progress:
+                progress.advance(len(index), int((result.predictions[index] == labels).sum()))
     if cost is not None:
         cost.add(*distributed.all_reduce_sum(spent).tolist())
     # The other ranks' images are zeros here.
@@ -118,15 +132,15 @@ def cascade(
     config: EvaluationConfig,
     *,
     image_ids: Tensor | None = None,
-    begin: Callable[[str, int], None] = lambda name, robust: None,
     cost: AttackCost | None = None,
+    progress: Progress | None = None,
 ) -> tuple[AttackResult, dict[str, int]]:
     """Each attack in turn on the images that are still robust, as AutoAttack does.
 
     Args:
         image_ids: as run_attack takes them.
-        begin: hears of each attack's name and how many images are robust so far, before it starts.
         cost: that of all attacks is added to it.
+        progress: hears of each attack and its batches.
 
     Returns:
         What the most harmful attack made of each image, and how many were robust after each attack.
@@ -137,11 +151,13 @@ def cascade(
     robust_after = {}
     for attack in attacks:
         robust = worst.correct(labels).nonzero().squeeze(1)
-        begin(attack.name, len(robust))
+        if progress:
+            progress.begin(attack.name, len(robust), len(robust))
         if len(robust):
             part = split.take(robust.to(split.labels.device))
             cached = config.cached_in(attack.name)
-            result = run_attack(model, part, attack, cached, image_ids=image_ids[robust], cost=cost)
+            ids = image_ids[robust]
+            result = run_attack(model, part, attack, cached, image_ids=ids, cost=cost, progress=progress)
             worse = result.margins < worst.margins[robust]
             for column, values in zip(worst, result, strict=True):
                 column[robust[worse]] = values[worse]

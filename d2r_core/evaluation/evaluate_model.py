@@ -1,6 +1,6 @@
 """One model under the field's attacks: accuracies with their intervals, and whether they deserve trust."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from d2r_core import runtime
 from d2r_core.attacks.config import EvaluationConfig
 from d2r_core.attacks.pgd import PGD, Clean, cw, fgsm, under_attack
-from d2r_core.attacks.run import AttackCost, AttackResult, adversarial_images, run_attack
+from d2r_core.attacks.run import AttackCost, AttackResult, Progress, adversarial_images, run_attack
 from d2r_core.data import Split
 from d2r_core.evaluation import curves, probes
 from d2r_core.evaluation.curves import EpsCurve, StepsCurve
@@ -94,16 +94,17 @@ def run_attacks(
     split: Split,
     config: EvaluationConfig,
     *,
-    begin: Callable[[str, int], None] = lambda name, robust: None,
     costs: dict[str, AttackCost] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, AttackResult]:
-    """The standard attacks on every image; `begin` is called as by cascade, `costs` gets an entry for each attack."""
+    """The standard attacks on every image; `costs` gets an entry for each, `progress` hears of them as from cascade."""
     results: dict[str, AttackResult] = {}
     correct = len(split)
     for key, attack in standard_attacks(config).items():
-        begin(attack.name, correct)
+        if progress:
+            progress.begin(attack.name, len(split), correct)
         cost = AttackCost()
-        results[key] = run_attack(model, split, attack, config.cached_in(key), cost=cost)
+        results[key] = run_attack(model, split, attack, config.cached_in(key), cost=cost, progress=progress)
         if costs is not None and key != "clean":
             costs[key] = cost
         if key == "clean":

@@ -74,15 +74,13 @@ def evaluate_model(
     plan += [Step(attack.name, len(subset), attack.passes) for attack in attacks if len(subset)]
     with Progress(description, model, plan, show=distributed.rank() == 0) as progress:
         costs: dict[str, AttackCost] = {}
-        results = run_attacks(model, split, config, begin=progress.begin, costs=costs)
+        results = run_attacks(model, split, config, costs=costs, progress=progress)
         figures = attack_figures(results, split.labels, classes, config)
         examples = [_examples(key, result, split.labels, torch.arange(len(split))) for key, result in results.items()]
         if len(subset):
             part, cached = split.take(subset), config.cached_in("autoattack")
             cost = costs["autoattack"] = AttackCost()
-            result, robust_after = cascade(
-                model, part, attacks, cached, image_ids=subset, begin=progress.begin, cost=cost
-            )
+            result, robust_after = cascade(model, part, attacks, cached, image_ids=subset, cost=cost, progress=progress)
             described = _autoattack(settings, robust_after, len(subset))
             figures["autoattack"] = figure(described, result.correct(part.labels), part.labels, classes, config)
             examples.append(_examples("autoattack", result, part.labels, subset))

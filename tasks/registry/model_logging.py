@@ -19,7 +19,7 @@ from tasks.config.settings import Settings
 from tasks.evaluation.report_schema import Identity, RobustnessReport
 from tasks.registry import integrity, onnx_export, provenance_files, recorded_examples, training_images
 from tasks.registry.provenance import PrefectRun
-from tasks.tracking import metric_uploader, runs
+from tasks.tracking import chain_runs, metric_uploader, runs
 from tasks.tracking.lineage import Lineage
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def log_evaluated_model(
     complete(client, run_id, paths.train_history)
     if checkpoint.metadata_path(paths.guidance).exists():
         complete(client, str(checkpoint.read_metadata(paths.guidance)["mlflow_run_id"]), paths.pretrain_history)
+    chain_runs.end(client, run_id, "FINISHED")
     client.set_tag(run_id, "collapsed", str(metadata["collapsed"]).lower())
     _log_figures(client, run_id, robustness)
     run_folder = str(evaluation_folder(robustness.identity))

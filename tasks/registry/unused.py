@@ -13,6 +13,7 @@ from tasks.registry import history, model_logging, moves
 from tasks.registry.lock import registry_lock
 from tasks.registry.status import identity_of
 from tasks.registry.versions import connect
+from tasks.tracking import chain_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +39,8 @@ def collect(settings: Settings, paths: Paths, keep_days: float, folder: Path, *,
 
     A version stays if it has an alias, is in the history, is on hold, or is younger than `keep_days`. A run or a logged
     model stays if a version refers to it that stays, in this or any other registered model; if it has the data and the
-    settings of such a version (its guidance); if it is younger, or has not ended.
+    settings of such a version (its guidance); if it is younger, or has not ended. The parent run of a pass of the chain
+    stays as long as a training below it does; an empty one goes once it is older.
 
     MLflow only marks what is deleted: its own command `mlflow gc` removes the files.
 
@@ -104,15 +106,31 @@ def _unused_runs(
         related = (tags.get("data_hash"), tags.get("settings_hash")) in lineages
         return run.info.run_id in used or related or run.info.end_time is None or run.info.end_time >= before
 
-    active = _search(client.search_runs, experiment_ids=[experiment_id])
+    active = list(_search(client.search_runs, experiment_ids=[experiment_id]))
+    unused = [run for run in active if not chain_runs.is_parent(run) and not stays(run)]
+    unused += _unused_parents(active, {run.info.run_id for run in unused}, before)
     marked = _search(
         client.search_runs,
         experiment_ids=[experiment_id],
         filter_string=f"tags.`{_TAG}` = 'true'",
         run_view_type=ViewType.DELETED_ONLY,
     )
-    runs = [run for run in active if not stays(run)] + list(marked)
-    return [(run, _size(partial(client.list_artifacts, run.info.run_id))) for run in runs]
+    return [(run, _size(partial(client.list_artifacts, run.info.run_id))) for run in [*unused, *marked]]
+
+
+def _unused_parents(active: "list[Run]", unused: set[str], before: int) -> "list[Run]":
+    """The older parents of passes of the chain below which no training stays.
+
+    One that has no end and nothing below it was left by a process that was killed, or waits for its first training.
+    """
+    needed = {run.data.tags.get(chain_runs.PARENT) for run in active if run.info.run_id not in unused}
+    return [
+        run
+        for run in active
+        if chain_runs.is_parent(run)
+        and run.info.run_id not in needed
+        and (run.info.end_time or run.info.start_time + _DAY) < before
+    ]
 
 
 def _dvc_locks(client: "MlflowClient", staying: "list[ModelVersion]", folder: Path) -> list[Path]:

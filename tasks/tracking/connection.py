@@ -4,7 +4,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -46,7 +46,7 @@ def configure(settings: Settings, paths: Paths) -> None:
     name, artifacts = settings.tracking.experiment, (paths.root.resolve() / "mlruns").as_uri()
     with errors.readable_errors():
         if uri.startswith(_SQLITE):
-            with _locked(Path(uri.removeprefix(_SQLITE).partition("?")[0])):
+            with _locked(_database(uri)):
                 _ensure_experiment(name, artifacts)
         elif uri.startswith(_HTTP):
             # A server that swallows packets would cost two minutes at each attempt.
@@ -111,6 +111,23 @@ def _ensure_experiment(name: str, artifacts: str | None) -> None:
             f"tracking.experiment {name!r} is deleted. Restore it with `mlflow experiments restore -x "
             f"{experiment.experiment_id}`, or name another in params.yaml."
         )
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """One process at a time where MLflow's store is a sqlite database; on a server, no more than it guarantees itself.
+
+    `configure` comes first.
+    """
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    with _locked(_database(uri)) if uri.startswith(_SQLITE) else nullcontext():
+        yield
+
+
+def _database(uri: str) -> Path:
+    return Path(uri.removeprefix(_SQLITE).partition("?")[0])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One MLflow run for each training.
+"""One MLflow run for each training, below that of its pass of the chain.
 
 Tracking only observes. The server must answer when a training begins or continues; after that no training waits for it
 or fails because of it. `metric_uploader` sends the points when it can, and registration sends whatever is missing.
@@ -18,7 +18,7 @@ from tasks.config.credentials import without_credentials
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
-from tasks.tracking import connection, errors, metric_uploader, system_metrics
+from tasks.tracking import chain_runs, connection, errors, metric_uploader, system_metrics
 from tasks.tracking.lineage import Lineage, current_lineage
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def training_run(settings: Settings, paths: Paths, stage: str, points: Path) -> 
     except errors.UnavailableError as error:
         message = f"{error} A training needs it when it begins or continues, not after that."
         raise errors.UnavailableError(message) from error
-    status = "FAILED"
+    status, run_id = "FAILED", ""
     # Short requests without retries: the thread sends what failed again.
     timeout = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     with connection.environment(MLFLOW_HTTP_REQUEST_TIMEOUT=timeout, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
@@ -69,7 +69,7 @@ def training_run(settings: Settings, paths: Paths, stage: str, points: Path) -> 
             status = "KILLED"
             raise
         finally:
-            _end(status)
+            _end(status, run_id)
 
 
 @contextmanager
@@ -104,10 +104,12 @@ def begin(settings: Settings, paths: Paths, stage: str, lineage: Lineage, **tags
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(settings.tracking.experiment)
     assert experiment is not None, "configure() comes first"
+    method = settings.train.method.name
+    parent = _parent(settings, paths, lineage)
     run = mlflow.start_run(
         experiment_id=experiment.experiment_id,
-        run_name=f"{stage} {manifest['source']}",
-        tags={"stage": stage, **_tags(lineage), **tags},
+        run_name=chain_runs.name(stage, manifest, "standard" if stage == "pretrain" else method),
+        tags={"stage": stage, **_tags(lineage), **tags, chain_runs.PARENT: parent},
     )
     mlflow.log_params({**settings.flat(), "tracking.uri": without_credentials(settings.tracking.uri)})
     dataset = Dataset(
@@ -130,11 +132,22 @@ def _begin_or_continue(settings: Settings, paths: Paths, stage: str, points: Pat
     if run_id_file.exists():
         run_id = str(json.loads(run_id_file.read_text(encoding="utf-8"))["run_id"])
         if find(mlflow.MlflowClient(), run_id) is not None:
-            mlflow.start_run(run_id, tags=_tags(lineage))
+            mlflow.start_run(run_id, tags={**_tags(lineage), chain_runs.PARENT: _parent(settings, paths, lineage)})
             return run_id
     run_id = begin(settings, paths, stage, lineage)
     files.write_text(run_id_file, json.dumps({"run_id": run_id}))
     return run_id
+
+
+def _parent(settings: Settings, paths: Paths, lineage: Lineage) -> str:
+    """The run of this pass of the chain."""
+    import mlflow
+
+    client, manifest = mlflow.MlflowClient(), read_manifest(paths)
+    experiment = client.get_experiment_by_name(settings.tracking.experiment)
+    assert experiment is not None, "configure() comes first"
+    run_name = chain_runs.name(chain_runs.STAGE, manifest, settings.train.method.name)
+    return chain_runs.find_or_create(client, experiment.experiment_id, lineage, run_name, _tags(lineage))
 
 
 def _tags(lineage: Lineage) -> dict[str, str]:
@@ -166,13 +179,15 @@ def _points_uploaded(settings: Settings, run_id: str, points: Path) -> Iterator[
                 )
 
 
-def _end(status: str) -> None:
+def _end(status: str, run_id: str) -> None:
     import mlflow
 
     try:
         mlflow.end_run(status)
     except Exception as error:  # whatever it is, the training has ended
         _log.warning("MLflow could not end the run as %s: %s", status, errors.root_cause(error))
+    else:
+        chain_runs.end(mlflow.MlflowClient(), run_id, status)
 
 
 def _version() -> str:

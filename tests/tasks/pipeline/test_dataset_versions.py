@@ -1,5 +1,7 @@
 """`d2r data`: versions of a user's own data in DVC, and the error message when their content is missing."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +53,7 @@ def d2r(root: Path, *arguments: str, code: int = 0) -> str:
 @pytest.mark.slow
 def test_the_life_cycle_of_a_data_set(project: Path, photos: Path, tmp_path: Path) -> None:
     output = d2r(project, "data", "add", str(photos), "--name", "pets")
-    assert "prepare.path: data/raw/pets" in output
+    assert "params.yaml:" not in output, "it is what params.yaml uses"
     assert [path.name for path in (project / "data/raw/pets").iterdir()] == ["pets.zip"]
     assert git(project, "status", "--porcelain").split() == ["??", "data/raw/.gitignore", "??", "data/raw/pets.dvc"]
     first = (project / "data/raw/pets/pets.zip").read_bytes()
@@ -98,6 +100,37 @@ def test_the_life_cycle_of_a_data_set(project: Path, photos: Path, tmp_path: Pat
         "error: data/raw/pets: is tracked by DVC (data/raw/pets.dvc), but neither the local cache nor the remote has "
         "its content. Run `dvc push` where the data is available, or configure the remote (`dvc remote add -d`).\n"
     )
+
+
+@pytest.mark.slow
+def test_what_add_prints_can_be_pasted(project: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(project / "presets/digits.yaml", project / "params.yaml")
+    commit(project)
+    run_dvc(project, "remote", "add", "--default", "local", str(tmp_path / "remote"))
+    output = d2r(project, "data", "add", str(photos), "--name", "pets")
+    lines = output.splitlines()
+
+    # What a person does: these lines in place of the section's own.
+    params = project / "params.yaml"
+    for pasted in (line for line in lines if re.match(r"  \w+: ", line)):
+        key = pasted.split(":")[0]
+        text, count = re.subn(rf"^{key}:.*$", pasted, params.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+        assert count == 1
+        params.write_text(text, encoding="utf-8")
+    commands = [line.strip() for line in lines if line.startswith("    ")]
+    assert commands[0] == "d2r run"
+    assert "stage prepare: ran" in d2r(project, "stage", "prepare")
+    who = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org"}
+    who |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in who.items()}
+    environment = {**os.environ, **who, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-e"], input="\n".join(commands[1:]), cwd=project, env=environment, text=True, check=True)
+    assert git(project, "status", "--porcelain", "data", "params.yaml") == ""
+
+    # It is all that another checkout needs.
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(project), str(clone))
+    run_dvc(clone, "remote", "add", "--default", "local", str(tmp_path / "remote"))
+    assert "stage prepare: ran" in d2r(clone, "stage", "prepare")
 
 
 def test_a_folder_is_packed_to_the_same_bytes_and_without_system_files(photos: Path, tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def collect(project: Project, folder: Path, keep_days: float = 0, *, delete: boo
     return unused.collect(project.settings, project.paths, keep_days, folder, delete=delete)
 
 
+def parent_of(run: str) -> str:
+    """The run of the pass of the chain that a training belongs to."""
+    return str(mlflow.get_run(run).data.tags["mlflow.parentRunId"])
+
+
 def with_one_unused(project: Project) -> int:
     """1 was champion, 2 is champion, 3 is unused, 4 is on hold (it was champion, too), 5 is challenger."""
     for seed in range(5):
@@ -57,7 +62,7 @@ def test_what_is_referred_to_stays(project: Project, tmp_path: Path) -> None:
     listed = collect(project, tmp_path / "2")
     assert [int(version.version) for version in listed.versions] == [gone]
     assert [(entry.model_id, size > 10_000) for entry, size in listed.models] == [(model, True)]
-    assert [(entry.info.run_id, size > 0) for entry, size in listed.runs] == [(run, True)]
+    assert [(entry.info.run_id, size > 0) for entry, size in listed.runs] == [(run, True), (parent_of(run), False)]
     assert len(listed.dvc_locks) == 4
     assert project.versions() == [1, 2, 3, 4, 5], "a dry run deletes nothing"
 
@@ -97,7 +102,7 @@ def test_a_killed_deletion_is_finished_by_the_next(
                 collect(project, tmp_path / name, delete=True)
         assert gone not in project.versions()
     result = collect(project, tmp_path / "again", delete=True)
-    assert [entry.info.run_id for entry, _ in result.runs] == [run]
+    assert [entry.info.run_id for entry, _ in result.runs] == [run, parent_of(run)]
     assert mlflow.get_run(run).info.lifecycle_stage == "deleted"
 
 
@@ -169,3 +174,17 @@ def test_dvc_keeps_what_a_version_needs(finished_project: Path, tmp_path: Path) 
     cache_cleanup.collect(paths, [lock], delete=True)
     assert {first, b"twice first"} <= contents()
     assert b"once first" not in contents()
+
+
+def test_a_parent_stays_with_its_trainings_and_an_empty_one_goes(project: Project, tmp_path: Path) -> None:
+    project.register(0)
+    project.promote(1)
+    run = str(project.version(1).run_id)
+    client = MlflowClient()
+    tags = {name: mlflow.get_run(run).data.tags[name] for name in ("data_hash", "settings_hash")}
+    empty, running = (client.create_run("1", tags={**tags, "stage": "chain"}).info.run_id for _ in range(2))
+    client.set_terminated(empty, "FAILED")
+    result = collect(project, tmp_path / "gc", delete=True)
+    assert [entry.info.run_id for entry, _ in result.runs] == [empty]
+    for needed in (run, parent_of(run), running):
+        assert mlflow.get_run(needed).info.lifecycle_stage == "active"

@@ -3,24 +3,29 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
+from mlflow.entities import Run
 from mlflow_server import free_port
-from tracked_project import MANIFEST, ROOT, history, only_run, settings_for, tracked_project, warnings
+from tracked_project import MANIFEST, ROOT, all_runs, history, only_run, settings_for, tracked_project, warnings
 
 from d2r_core import runtime
 from d2r_core.errors import UserError
 from tasks.config.paths import Paths
-from tasks.tracking import connection, errors, runs
+from tasks.config.settings import Settings
+from tasks.tracking import chain_runs, connection, errors, runs
 from tasks.tracking.lineage import current_lineage
 from tasks.training.metrics_log import MetricsLog
 
@@ -44,7 +49,6 @@ def test_run_holds_settings_data_and_lineage(paths: Paths, points: Path) -> None
         pass
     run = only_run()
     assert run.info.run_id == training.id
-    assert run.info.run_name == "train digits"
     assert run.info.status == "FINISHED"
     assert run.data.params == {key: str(value) for key, value in settings.flat().items()}
     lineage = current_lineage(settings, paths)
@@ -200,3 +204,75 @@ def test_absent_server_is_one_message_within_seconds(paths: Paths, points: Path)
     ):
         pytest.fail("the training must not begin")
     assert time.monotonic() - started < 30
+
+
+def parents() -> list[Run]:
+    """The runs of passes of the chain, the oldest first."""
+    return [run for run in all_runs() if run.data.tags["stage"] == "chain"]
+
+
+def train_stage(settings: Settings, paths: Paths, stage: str) -> Run:
+    """A training that ends well, with a fresh file of points; its run."""
+    points = paths.state / stage / "points.jsonl"
+    shutil.rmtree(points.parent, ignore_errors=True)
+    with runs.training_run(settings, paths, stage, points) as training:
+        MetricsLog(stage, 1, points, show=False).log_epoch({"loss": 1.0}, 1)
+    return mlflow.get_run(training.id)
+
+
+def test_pretrain_and_train_of_a_pass_have_one_parent(paths: Paths) -> None:
+    settings = settings_for()
+    children = [train_stage(settings, paths, stage) for stage in ("pretrain", "train", "train")]
+    (parent,) = parents()
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    assert [child.info.run_name for child in children[:2]] == [
+        f"pretrain {day} digits standard",
+        f"train {day} digits d2r",
+    ]
+    assert parent.info.run_name == f"chain {day} digits d2r"
+    assert parent.info.status == "FINISHED"
+    lineage = current_lineage(settings, paths)
+    assert parent.data.tags.items() >= {"data_hash": MANIFEST["hash"], "settings_hash": lineage.settings_hash}.items()
+
+
+def test_other_settings_or_data_are_another_pass(paths: Paths) -> None:
+    settings = settings_for()
+    train_stage(settings, paths, "train")
+    train_stage(settings.model_copy(update={"seed": 1}), paths, "train")
+    own = {"source": "image_folder", "path": "data/raw/flowers", "hash": "cd" * 32}
+    paths.manifest.write_text(json.dumps({**MANIFEST, **own}))
+    run = train_stage(settings, paths, "train")
+    assert len(parents()) == 3
+    assert run.info.run_name is not None
+    assert run.info.run_name.endswith(" flowers d2r")
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("NaN"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_the_parent_ends_as_its_training_and_goes_on_with_it(
+    paths: Paths, points: Path, error: BaseException, status: str
+) -> None:
+    with pytest.raises(type(error)), runs.training_run(settings_for(), paths, "train", points):
+        raise error
+    assert [run.info.status for run in parents()] == [status]
+    with runs.training_run(settings_for(), paths, "train", points):
+        assert [run.info.status for run in parents()] == ["RUNNING"]
+    assert [run.info.status for run in parents()] == ["FINISHED"]
+    assert len(all_runs()) == 2
+
+
+def test_trainings_that_begin_at_once_share_a_parent(paths: Paths) -> None:
+    settings = settings_for()
+    lineage = current_lineage(settings, paths)
+    connection.configure(settings, paths)
+    experiment = mlflow.MlflowClient().get_experiment_by_name("tests")
+    assert experiment is not None
+
+    def find(_: int) -> str:
+        return chain_runs.find_or_create(mlflow.MlflowClient(), experiment.experiment_id, lineage, "chain", {})
+
+    with ThreadPoolExecutor(4) as threads:
+        parent_ids = set(threads.map(find, range(4)))
+    assert len(parent_ids) == 1
+    active = mlflow.MlflowClient().search_runs([experiment.experiment_id])
+    assert [run.info.run_id for run in active] == list(parent_ids)

@@ -70,11 +70,19 @@ def logged_points(run_id: str) -> Counter[tuple[str, int, float]]:
     return Counter((name, step, value) for name in names for step, value in history(run_id, name))
 
 
-def only_run() -> Run:
-    """The one run of the experiment "tests"."""
+def all_runs() -> list[Run]:
+    """All runs of the experiment "tests", the oldest first."""
     experiment = mlflow.MlflowClient().get_experiment_by_name("tests")
     assert experiment is not None
-    (run,) = mlflow.MlflowClient().search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
+    order = ["attributes.start_time ASC"]
+    return list(
+        mlflow.MlflowClient().search_runs([experiment.experiment_id], run_view_type=ViewType.ALL, order_by=order)
+    )
+
+
+def only_run() -> Run:
+    """The one training of the experiment "tests", without the run of its pass of the chain."""
+    (run,) = (run for run in all_runs() if run.data.tags["stage"] != "chain")
     return run
 
 
