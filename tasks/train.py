@@ -63,7 +63,10 @@ def _method(settings: Settings, guidance: nn.Module) -> Callable[[nn.Module], Tr
                 attack=attack,
                 clean_weight=method.clean_weight,
                 adv_weight=method.adv_weight,
-                freeze_guidance=method.freeze_guidance,
+                attack_name=method.attack,
+                guidance_training=method.guidance,
+                guidance_logit_weight=method.guidance_logit_weight,
+                divergence_mean=method.divergence_mean,
                 label_smoothing=smoothing,
             )
         case "lbgat":

@@ -19,7 +19,7 @@ from d2r_core.attacks import Clean
 from d2r_core.attacks.run import Attack
 from d2r_core.data import Split, load_split
 from d2r_core.training.checkpointer import Checkpointer
-from d2r_core.training.config import Averaging, TrainingConfig, WeightPerturbation
+from d2r_core.training.config import Averaging, TrainingConfig, WarmUp, WeightPerturbation
 from d2r_core.training.methods import TrainingMethod
 from d2r_core.training.trainer import BestCheckpoint, Logger, Trainer
 from tasks.config.paths import Paths
@@ -158,6 +158,7 @@ def _training_config(settings: Settings, job: TrainingJob) -> TrainingConfig:
         gradient_clip=section.gradient_clip,
         weight_perturbation=WeightPerturbation(**section.weight_perturbation.model_dump()),
         averaging=Averaging(**section.average.model_dump()),
+        warm_up=WarmUp(**section.warm_up.model_dump()),
     )
 
 

@@ -124,11 +124,12 @@ def test_the_averages_are_their_definitions_and_batch_norm_is_their_own() -> Non
         {"averaging": Averaging(name="ema", decay=0.9)},
         {"averaging": Averaging(name="swa", from_epoch=4)},
         {"weight_perturbation": WeightPerturbation(gamma=0.005)},
+        {"averaging": Averaging(name="ema", decay=0.9), "weight_perturbation": WeightPerturbation(gamma=0.005)},
         {"gradient_clip": 1.0},
         {"schedule": "one_cycle"},
         {"schedule": "cosine"},
     ],
-    ids=["ema", "swa", "weight-perturbation", "gradient-clip", "one-cycle", "cosine"],
+    ids=["ema", "swa", "weight-perturbation", "ema-and-weight-perturbation", "gradient-clip", "one-cycle", "cosine"],
 )
 def test_d2r_learns_with_every_option(options: dict[str, Any]) -> None:
     best, _ = toy.fit(toy.d2r(), epochs=EPOCHS, **options)
@@ -140,7 +141,7 @@ def test_a_frozen_guidance_does_not_move() -> None:
     best, _ = toy.fit(Standard(guidance), epochs=4)
     guidance.load_state_dict(best.state)
     method = methods.D2R(
-        toy.network(0), guidance, attack=toy.ATTACK, clean_weight=20.0, adv_weight=30.0, freeze_guidance=True
+        toy.network(0), guidance, attack=toy.ATTACK, clean_weight=20.0, adv_weight=30.0, guidance_training="frozen"
     )
     robust, _ = toy.fit(method, epochs=10)
     for name, tensor in guidance.state_dict().items():
