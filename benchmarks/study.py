@@ -118,7 +118,7 @@ def _conditions(study: Study, measured: int, commits: Sequence[str]) -> str:
     settings = study.settings("d2r")
     train, evaluate = settings.train, settings.evaluate
     return (
-        f"{settings.prepare.train_per_class} training images a class, {train.epochs} epochs of batch {train.batch_size}, "
+        f"{settings.prepare.train_per_class} training images a class, {train.epochs} epochs, batch {train.batch_size}, "
         f"Linf eps {train.eps} with {train.steps} steps; the epoch that is best under PGD-10 on the validation split; "
         f"fp32, one CPU thread; attacked at {evaluate.eps:.4f}. Rows without a method's name are changes of D2R with a "
         "pretrained guidance. In parentheses Wilson's 95 % interval of one seed, in brackets the range of several. "

@@ -19,7 +19,7 @@ SEARCH: dict[str, tuple[Any, ...]] = {
     "schedule": ("step", "one_cycle"),
     "weight_decay": (2e-4, 5e-4),
 }
-PUBLISHED = {"learning_rate": 0.1, "schedule": "step", "weight_decay": 2e-4}
+PUBLISHED: dict[str, Any] = {"learning_rate": 0.1, "schedule": "step", "weight_decay": 2e-4}
 SEEDS = (0, 1, 2)
 CLOSE = 0.02  # two cells that differ by less than this get all seeds
 
@@ -32,7 +32,7 @@ D2R: dict[str, Any] = {
     "guidance_logit_weight": 0.0,
     "divergence_mean": "elements",
 }
-PRETRAINED = {"pretrain.epochs": 10}
+PRETRAINED: dict[str, Any] = {"pretrain.epochs": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
