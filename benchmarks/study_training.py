@@ -30,6 +30,7 @@ from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.data.manifest import read_manifest
 from tasks.evaluation.evaluate_model import evaluate_model
+from tasks.tracking.uri import tracking_uri
 from tasks.training.run_training import load_splits, make_trainer
 
 _GRADIENT_STEPS = 200
@@ -164,8 +165,8 @@ def measure(study: Study, key: str, seed: int, end: float) -> dict[str, Any]:
         Interrupted: at `end`.
         BusyError: another process works at it.
     """
-    choice = choice_of(study, key, end)
-    settings = study.settings(key, seed, **choice)
+    settings = study.settings(key, seed, **choice_of(study, key, end))
+    choice = {name: getattr(settings.train, name) for name in SEARCH}  # the cell's own change of one goes before
     folder = run_folder(study, settings)
     with locked(folder, wait=False):
         result_file = folder / "result.json"
@@ -221,7 +222,7 @@ def _log_to_run(settings: Settings, run_id: str, accuracies: dict[str, float]) -
     """Add the test accuracies to the training's run, as a registered model has them."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(settings.tracking.uri)
+    client = MlflowClient(tracking_uri(settings))
     for name, accuracy in accuracies.items():
         client.log_metric(run_id, f"test/target/{name}", accuracy)
 
