@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from d2r_core import data, runtime
 from d2r_core.attacks import cag, pgd
 from d2r_core.training import losses
-from d2r_core.training.config import WarmUp
+from d2r_core.training.config import Averaging, TrainingConfig, WarmUp, WeightPerturbation
 from d2r_core.training.methods import D2R, AdversarialTraining, Lbgat, Standard, Trades
 
 
@@ -184,14 +184,32 @@ def test_the_trainer_warms_up_step_by_step() -> None:
         {"guidance_logit_weight": 2.5},
         {"divergence_mean": "images"},
         {"label_smoothing": 0.1},
+        {
+            "averaging": Averaging(name="ema", decay=0.9),
+            "weight_perturbation": WeightPerturbation(gamma=0.005),
+            "epochs": 28,
+            "learning_rate": 0.02,
+        },
         {"warm_up": WarmUp(eps_epochs=4.0)},
         {"warm_up": WarmUp(regularization_epochs=4.0)},
     ],
-    ids=["trades", "pgd", "adversarial", "ema", "adagat", "images", "label-smoothing", "warm-up-eps", "warm-up"],
+    ids=[
+        "trades",
+        "pgd",
+        "adversarial",
+        "ema",
+        "adagat",
+        "images",
+        "label-smoothing",
+        "ema-awp",
+        "warm-up-eps",
+        "warm-up",
+    ],
 )
 def test_d2r_learns_with_every_option(options: dict[str, Any]) -> None:
-    of_training = {name: options[name] for name in ("warm_up", "epochs", "learning_rate") if name in options}
-    method = d2r(**{name: value for name, value in options.items() if name not in of_training})
+    fields = TrainingConfig.__dataclass_fields__
+    of_training = {name: value for name, value in options.items() if name in fields}
+    method = d2r(**{name: value for name, value in options.items() if name not in fields})
     best, _ = toy.fit(method, **{"epochs": 20, "learning_rate": 0.005, **of_training})
     assert best.metrics["robust_accuracy"] > 0.85
 
