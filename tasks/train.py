@@ -30,9 +30,14 @@ def run(settings: Settings, paths: Paths) -> BestCheckpoint:
 
     The best epoch is the one with the highest PGD-10 accuracy on the validation split; test images are never used.
     """
+    return run_training(settings, paths, training_job(settings, paths))
+
+
+def training_job(settings: Settings, paths: Paths) -> TrainingJob:
+    """The training that the settings describe, with the guidance model of `paths`."""
     section = settings.train
     guidance, metadata = checkpoint.load(paths.guidance, runtime.device(settings.runtime.device))
-    job = TrainingJob(
+    return TrainingJob(
         stage="train",
         section=section,
         # Not the seed of pretraining: two models of one architecture must not start from the same weights.
@@ -47,7 +52,6 @@ def run(settings: Settings, paths: Paths) -> BestCheckpoint:
         history=paths.train_history,
         inputs=metadata["weights_sha256"],
     )
-    return run_training(settings, paths, job)
 
 
 def _method(settings: Settings, guidance: nn.Module) -> Callable[[nn.Module], TrainingMethod]:
@@ -63,7 +67,10 @@ def _method(settings: Settings, guidance: nn.Module) -> Callable[[nn.Module], Tr
                 attack=attack,
                 clean_weight=method.clean_weight,
                 adv_weight=method.adv_weight,
-                freeze_guidance=method.freeze_guidance,
+                attack_name=method.attack,
+                guidance_training=method.guidance,
+                guidance_logit_weight=method.guidance_logit_weight,
+                divergence_mean=method.divergence_mean,
                 label_smoothing=smoothing,
             )
         case "lbgat":

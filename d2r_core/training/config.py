@@ -29,6 +29,26 @@ class Averaging:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """Epochs in which the attack and the regularisation grow linearly from nothing; 0: in full from the first step.
+
+    The attack: radius and step size (eps warm-up; Cai et al. 2018, Pang et al. 2021, section 4). The regularisation:
+    every term of the loss but the cross-entropy (as Laine & Aila 2017 let their consistency term grow, eq. in sec. 3).
+    """
+
+    eps_epochs: float = 0.0
+    regularization_epochs: float = 0.0
+
+    def eps_factor(self, epochs: float) -> float:
+        """The factor on eps and step size after so many epochs, 0 to 1."""
+        return _growth(epochs, self.eps_epochs)
+
+    def regularization_factor(self, epochs: float) -> float:
+        """The factor on the regularisation after so many epochs, 0 to 1."""
+        return _growth(epochs, self.regularization_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """SGD with momentum over shuffled, cropped and flipped batches; by default without any option on top."""
 
@@ -44,4 +64,9 @@ class TrainingConfig:
     gradient_clip: float | None = None  # maximum norm of the gradient
     weight_perturbation: WeightPerturbation = field(default_factory=WeightPerturbation)
     averaging: Averaging = field(default_factory=Averaging)
+    warm_up: WarmUp = field(default_factory=WarmUp)
     precision: Precision = "fp32"
+
+
+def _growth(epochs: float, length: float) -> float:
+    return 1.0 if epochs >= length else epochs / length

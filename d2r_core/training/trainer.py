@@ -150,7 +150,7 @@ class Trainer:
         self.method.train()
         for indices in self._batches(order)[self.step :]:
             self.step += 1
-            self._set_learning_rate()
+            self._begin_step()
             x, y = self._load_batch(indices)
             # An epoch's smaller last batch is not worth compiling for.
             with runtime.eager(len(y) < full_batch and runtime.is_compiled(self.method.model)):
@@ -234,10 +234,13 @@ class Trainer:
         generator.manual_seed(runtime.derive_seed(self.config.seed, self.epoch, self.step, distributed.rank()))
         return load_batch(self.train, indices, self.device, padding=padding, flip=flip, generator=generator)
 
-    def _set_learning_rate(self) -> None:
-        scale = factor(self.config.schedule, self.epoch, self.config.epochs, (self.step - 1) / self.steps)
+    def _begin_step(self) -> None:
+        """Set what changes in the course of the training: the learning rate, and what the method changes itself."""
+        fraction = (self.step - 1) / self.steps
+        scale = factor(self.config.schedule, self.epoch, self.config.epochs, fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * scale
+        self.method.begin_step(self.config.warm_up, self.epoch - 1 + fraction)
 
     def _loss_terms(self, method: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
         with runtime.autocast(self.device, self.config.precision):

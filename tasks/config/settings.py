@@ -86,12 +86,31 @@ Architecture = Annotated[WideResNet | PreActResNet18 | ResNet18, Field(discrimin
 
 
 class D2RMethod(Section):
-    """The published method: CAG examples and the dual regularization loss."""
+    """The published method: CAG examples and the dual regularization loss. docs/method.md says more of its options."""
 
     name: Literal["d2r"]
     clean_weight: NotNegative  # 20 as published
     adv_weight: NotNegative  # 30 as published
-    freeze_guidance: bool  # do not train the guidance further; false as published
+    # What training examples move away from: the guidance (CAG, as published), the target's own answer (TRADES,
+    # Zhang et al. 2019, eq. 3), the label (PGD, Madry et al. 2018, eq. 2.1).
+    attack: Literal["cag", "trades", "pgd"]
+    # How the guidance learns: with the target, by every term (as published); not at all; on the adversarial images and
+    # detached for the target (PeerAiD, Jung et al. 2024, arXiv 2403.06668, sec. 4); or not at all, but as a moving
+    # average of the target (ADR, Wu et al. 2024, arXiv 2305.12118, sec. 3).
+    guidance: Literal["joint", "frozen", "adversarial", "ema"]
+    # Of AdaGAT's MSE, by which the guidance follows the detached adversarial logits (Liu et al. 2025, arXiv
+    # 2508.17265, and its code): 0 as published, 2.5 there.
+    guidance_logit_weight: NotNegative
+    # What divergences are averaged over: all B x C elements as published, or the B images as in TRADES' code: C times
+    # as much.
+    divergence_mean: Literal["elements", "images"]
+
+    @field_validator("guidance_logit_weight")
+    @classmethod
+    def _for_a_guidance_that_follows(cls, value: float, others: ValidationInfo) -> float:
+        if value and others.data.get("guidance") != "joint":
+            raise PydanticCustomError("guidance", "at most 0 unless guidance is 'joint': no other kind follows a term")
+        return value
 
 
 class LbgatMethod(Section):
@@ -140,6 +159,13 @@ class WeightPerturbation(Section):
     from_epoch: Count
 
 
+class WarmUp(Section):
+    """Epochs in which something grows linearly from nothing; 0: in full at once, as published."""
+
+    eps_epochs: NotNegative  # eps and step size (Pang et al. 2021, "Bag of tricks for adversarial training", sec. 4)
+    regularization_epochs: NotNegative  # all terms but the cross-entropy (Laine & Aila 2017, arXiv 1610.02242, sec. 3)
+
+
 class Optimisation(Section):
     """The keys that both training stages share: SGD with momentum on augmented batches."""
 
@@ -172,6 +198,7 @@ class Train(Optimisation):
     gradient_clip: Positive | None  # maximum norm
     weight_perturbation: WeightPerturbation
     average: Average
+    warm_up: WarmUp
 
 
 class Evaluate(Section):

@@ -114,14 +114,15 @@ def name(architecture: Mapping[str, Any]) -> str:
 
 def method(settings: Method) -> str:
     """A training method and its weights: "D2R + CAG (clean_weight 20, adv_weight 30)"."""
+    attacks = {"cag": "CAG", "trades": "TRADES' examples", "pgd": "PGD"}
     names = {
-        "d2r": "D2R + CAG",
+        "d2r": f"D2R + {attacks[settings.attack]}" if settings.name == "d2r" else "",
         "lbgat": "LBGAT",
         "trades": "TRADES",
         "at": "PGD adversarial training",
         "standard": "standard training",
     }
-    options = ", ".join(f"{key} {value(option)}" for key, option in settings if key != "name")
+    options = ", ".join(f"{key} {value(option)}" for key, option in settings if key not in ("name", "attack"))
     return f"{names[settings.name]} ({options})" if options else names[settings.name]
 
 

@@ -19,7 +19,7 @@ from d2r_core.attacks import Clean
 from d2r_core.attacks.run import Attack
 from d2r_core.data import Split, load_split
 from d2r_core.training.checkpointer import Checkpointer
-from d2r_core.training.config import Averaging, TrainingConfig, WeightPerturbation
+from d2r_core.training.config import Averaging, TrainingConfig, WarmUp, WeightPerturbation
 from d2r_core.training.methods import TrainingMethod
 from d2r_core.training.trainer import BestCheckpoint, Logger, Trainer
 from tasks.config.paths import Paths
@@ -48,6 +48,14 @@ class TrainingJob:
     history: Path
     inputs: str = ""  # identifies what else the training starts from, such as the guidance's weights
 
+    def architecture(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """What `models.build` makes for the data of this manifest."""
+        return {
+            **self.section.architecture.model_dump(),
+            "num_classes": len(manifest["classes"]),
+            "image_size": manifest["image_size"],
+        }
+
 
 def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestCheckpoint:
     """Train the job's model and write weights, metadata and history.
@@ -57,19 +65,15 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
     """
     manifest = read_manifest(paths)
     code = read_source_code(paths)  # now: the files may change while the training runs
-    architecture = {
-        **job.section.architecture.model_dump(),
-        "num_classes": len(manifest["classes"]),
-        "image_size": manifest["image_size"],
-    }
+    architecture = job.architecture(manifest)
     state_folder = paths.state / _state_key(settings, job, manifest["hash"])
     device = runtime.device(settings.runtime.device)
     with distributed.process_group(device):
         is_first = distributed.rank() == 0
-        splits = _load_splits(paths, device)
+        splits = load_splits(paths, device)
         log = MetricsLog(job.stage, job.section.epochs, state_folder / "metrics.jsonl", show=is_first)
         watch = CollapseWatch(log, _clean_accuracy(job), images=len(splits[1]), classes=len(manifest["classes"]))
-        trainer = _trainer(settings, job, architecture, splits, device, watch)
+        trainer = make_trainer(settings, job, architecture, splits, device, watch)
         checkpointer = Checkpointer(state_folder, settings.runtime.save_minutes)
         with runs.training_run(settings, paths, job.stage, log.path) if is_first else runs.silent() as run:
             best = trainer.fit(checkpointer, settings.runtime.max_minutes)
@@ -100,7 +104,7 @@ def run_training(settings: Settings, paths: Paths, job: TrainingJob) -> BestChec
     return best
 
 
-def _trainer(
+def make_trainer(
     settings: Settings,
     job: TrainingJob,
     architecture: Mapping[str, Any],
@@ -129,7 +133,7 @@ def _clean_accuracy(job: TrainingJob) -> str:
     return next(name for name, attack in job.validation_attacks.items() if isinstance(attack, Clean))
 
 
-def _load_splits(paths: Paths, device: torch.device) -> tuple[Split, Split]:
+def load_splits(paths: Paths, device: torch.device) -> tuple[Split, Split]:
     """Training and validation split, on the device if they take less than a quarter of its free memory."""
     train, validation = (load_split(paths.prepared / f"{name}.safetensors") for name in ("train", "validation"))
     if device.type == "cpu" or train.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
@@ -158,6 +162,7 @@ def _training_config(settings: Settings, job: TrainingJob) -> TrainingConfig:
         gradient_clip=section.gradient_clip,
         weight_perturbation=WeightPerturbation(**section.weight_perturbation.model_dump()),
         averaging=Averaging(**section.average.model_dump()),
+        warm_up=WarmUp(**section.warm_up.model_dump()),
     )
 
 

@@ -140,7 +140,7 @@ def test_a_frozen_guidance_does_not_move() -> None:
     best, _ = toy.fit(Standard(guidance), epochs=4)
     guidance.load_state_dict(best.state)
     method = methods.D2R(
-        toy.network(0), guidance, attack=toy.ATTACK, clean_weight=20.0, adv_weight=30.0, freeze_guidance=True
+        toy.network(0), guidance, attack=toy.ATTACK, clean_weight=20.0, adv_weight=30.0, guidance_training="frozen"
     )
     robust, _ = toy.fit(method, epochs=10)
     for name, tensor in guidance.state_dict().items():

@@ -11,6 +11,14 @@ from d2r_core.errors import UserError
 from tasks.config import settings as settings_file
 from tasks.config.settings import D2RMethod
 
+FROZEN = {
+    "name": "d2r",
+    "clean_weight": 20.0,
+    "adv_weight": 30.0,
+    "attack": "cag",
+    "guidance": "frozen",
+    "divergence_mean": "elements",
+}
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
 
@@ -37,7 +45,16 @@ def test_the_presets_hold_the_published_recipe() -> None:
             assert (train.eps, train.step_size, train.steps) == (0.031, 0.007, 10)
             assert (train.learning_rate, train.momentum, train.weight_decay) == (0.1, 0.9, 2e-4)
             assert (train.batch_size, train.epochs, train.schedule) == (128, 100, "step")
-            assert train.method == D2RMethod(name="d2r", clean_weight=20.0, adv_weight=30.0, freeze_guidance=False)
+            assert train.method == D2RMethod(
+                name="d2r",
+                clean_weight=20.0,
+                adv_weight=30.0,
+                attack="cag",
+                guidance="joint",
+                guidance_logit_weight=0.0,
+                divergence_mean="elements",
+            )
+            assert (train.warm_up.eps_epochs, train.warm_up.regularization_epochs) == (0.0, 0.0)
             assert (train.label_smoothing, train.gradient_clip, train.weight_perturbation.gamma) == (0.0, None, 0.0)
             assert train.average.name == "none"
             assert (train.crop_padding, train.flip) == (4, True)
@@ -77,6 +94,11 @@ def test_a_distance_may_be_a_fraction(tiny_values: dict[str, Any]) -> None:
         ("train.architecture.depth", 33, "train.architecture.depth is 33; allowed are 10, 16, 22, 28, 34"),
         ("train.architecture.widen", 2, "train.architecture.widen is not a known key. Did you mean 'widen_factor'?"),
         ("train.method.beta", 6.0, "train.method.beta is not a known key. Known here: name, clean_weight"),
+        (
+            "train.method",
+            {**FROZEN, "guidance_logit_weight": 2.5},
+            "train.method.guidance_logit_weight is 2.5; at most 0 unless guidance is 'joint'",
+        ),
         (
             "train.method",
             {"name": "lbgt", "beta": 6.0},
