@@ -102,9 +102,13 @@ class Reader:
         command = self.filled_in(line)
         port = re.search(r"--port (\d+)", command)
         url = f"http://127.0.0.1:{port[1] if port else self.environment['MLFLOW_PORT']}{path}"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         server = subprocess.Popen(
-            self._bash(command), cwd=self.root, env=self.environment, start_new_session=True, **quiet
+            self._bash(command),
+            cwd=self.root,
+            env=self.environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             while True:

@@ -269,10 +269,12 @@ def test_the_commands_of_the_readme_run_in_their_order(changeable: Project, tmp_
     commit(root)
     photos = make_folder(tmp_path)
     values = {
+        r"(?<=predict )photos\b": str(photos),
         r"\bPATH\b": str(photos),
         r"\bNAME\b": "flowers",
         r"\bFILE\b": "models/target.safetensors",
         r"s3://BUCKET/d2r": str(tmp_path / "remote"),
+        r"(?<=\s)5\b": "1",
         r"(?<=\s)6\b": "2",
         r"(?<=--port )\d+": str(free_port()),
     }
@@ -286,8 +288,8 @@ def test_the_commands_of_the_readme_run_in_their_order(changeable: Project, tmp_
             assert reader.serve(line, "/ping") == b"\n"
         elif "trades.pt" in line:
             # Weights of chance instead of the published ones: read, measured, and refused for their clean accuracy.
-            shape = {"num_classes": 10, "image_size": 16, "depth": 34, "widen_factor": 10}
-            torch.save(models.build("wide_resnet", **shape).state_dict(), root / "trades.pt")
+            weights = models.build("wide_resnet", num_classes=10, image_size=16, depth=34, widen_factor=10).state_dict()
+            torch.save(weights, root / "trades.pt")
             assert "84.92" in reader.run(line, code=1)
         else:
             reader.run(line)
