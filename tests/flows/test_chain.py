@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import digits
 import pandas as pd
@@ -25,6 +26,9 @@ from tasks import prepare, pretrain, train
 from tasks.config.paths import Paths
 from tasks.config.settings import Settings
 from tasks.registry.provenance import Provenance
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
 
@@ -66,12 +70,17 @@ class Project:
     def weights(self) -> str:
         return hashlib.sha256((self.root / "models/target.safetensors").read_bytes()).hexdigest()
 
-    def versions(self) -> dict[int, tuple[dict[str, str], set[str]]]:
-        """Version -> its tags and its aliases."""
+    def client(self) -> "MlflowClient":
+        """MLflow's client of a copy of the database, since this process never closes the file again."""
         from mlflow import MlflowClient
 
-        uri, name = f"sqlite:///{self.root}/mlflow.db", self.values["promote"]["model_name"]
-        client = MlflowClient(uri, registry_uri=uri)  # independent of what other tests have set
+        copy = self.root.parent / f"copy{time.time_ns()}.db"
+        shutil.copy(self.root / "mlflow.db", copy)
+        return MlflowClient(f"sqlite:///{copy}", registry_uri=f"sqlite:///{copy}")
+
+    def versions(self) -> dict[int, tuple[dict[str, str], set[str]]]:
+        """Version -> its tags and its aliases."""
+        client, name = self.client(), self.values["promote"]["model_name"]
         aliases = client.get_registered_model(name).aliases
         return {
             int(entry.version): (entry.tags, {alias for alias, version in aliases.items() if version == entry.version})
@@ -169,9 +178,7 @@ def test_the_version_has_its_lineage(project: Project) -> None:
 
 
 def test_both_trainings_lie_below_one_run(project: Project) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{project.root}/mlflow.db")
+    client = project.client()
     runs = client.search_runs([client.get_experiment_by_name("d2r-digits").experiment_id])  # type: ignore[union-attr]
     by_stage = {run.data.tags["stage"]: run for run in runs}
     assert len(runs) == len(by_stage) == 3
